@@ -1,0 +1,1 @@
+"""The claim harness: data model, search, statistics, proof, runner, report."""

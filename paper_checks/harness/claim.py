@@ -1,0 +1,274 @@
+"""Data model of the harness: a paper, its claims, what a check measures, and the verdict.
+
+One idea carries everything: a check computes a number that should not be negative, twice, once as the
+paper says and once falsified.  The falsified run is the claim's *negative control*; the same function
+serves both, and the only thing that differs is the value that `Context.pick` returns.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+Kind = Literal["symbolic", "exact", "bound", "statistical", "rate", "trained"]
+Budget = Literal["quick", "standard", "deep"]
+Role = Literal["claim", "control", "repair"]
+Expectation = Literal["holds", "refuted"]
+
+EFFORT: dict[str, int] = {"quick": 1, "standard": 8, "deep": 64}
+"""Multiplier of sample sizes and search effort for each budget."""
+
+LEDGER_KINDS = ("statistical", "rate", "trained")
+"""Kinds whose verdict is random: they share the suite's false-alarm budget."""
+
+
+class Verdict(enum.StrEnum):
+    PROVED = "proved"
+    HOLDS = "holds"
+    CONSISTENT = "consistent"
+    REPRODUCED = "reproduced"
+    NOT_REPRODUCED = "not reproduced"
+    REFUTED = "refuted"
+    INCONCLUSIVE = "inconclusive"
+    NOT_CHECKABLE = "not checkable"
+    ERROR = "error"
+
+
+ACCEPTED = frozenset({Verdict.PROVED, Verdict.HOLDS, Verdict.CONSISTENT, Verdict.REPRODUCED})
+REJECTED = frozenset({Verdict.REFUTED, Verdict.NOT_REPRODUCED})
+
+
+class ClaimError(ValueError):
+    """A claim is registered or written in a way that the harness cannot accept."""
+
+
+@dataclass(frozen=True)
+class Paper:
+    """A paper and the numbers of all its claims, those without a check included.
+
+    `claims` lists the numbers as the project's fact sheet counts them, so that a claim which nobody has
+    coded yet stays visible in every table and report.
+    """
+
+    stem: str
+    title: str
+    authors: str
+    year: int
+    venue: str
+    arxiv: str
+    claims: tuple[str, ...]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one run of a check measured.  A non-negative margin means that the claim held at the worst point seen."""
+
+    margin: float
+    """Signed slack in the claim's own dimensionless scale; negative: violated."""
+    tolerance: float = 0.0
+    """Rounding allowance: a violation counts only below `-tolerance`."""
+    tolerance_reason: str = ""
+    tightness: float | None = None
+    """Largest left side / right side seen; 1 means that the bound is attained."""
+    n: int = 0
+    """Inputs or samples looked at."""
+    search: Mapping[str, Any] | None = None
+    """Counts of a worst-case search: structures, evaluations, restarts, agreeing, confirmation."""
+    log_e: float | None = None
+    """Natural log of an e-value against the claim."""
+    p: float | None = None
+    """Exact p-value against the claim."""
+    resolution: float | None = None
+    """Smallest violation that this run would have caught with probability at least 0.9."""
+    validity: str = "exact"
+    """How far the evidence reaches: "proof", "exact", "finite-sample" or "asymptotic"."""
+    witness: Any = None
+    """Worst input, simplified and printable."""
+    counterexample: str | None = None
+    """Python code that shows the violation; set when the claim is violated."""
+    paper_value: float | None = None
+    our_value: float | None = None
+    note: str = ""
+    undecided: str = ""
+    """Why this run cannot decide (too coarse, not asymptotic, budget exhausted); empty: it can."""
+    figure: Mapping[str, Any] | None = None
+    """Data of one figure, drawn by `paper_checks.figures.draw`."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One statement of a paper with the function that checks it.  Made by `claim` and `not_checkable`."""
+
+    paper: str
+    number: str
+    title: str
+    statement: str
+    kind: Kind
+    check: Callable[[Any], Outcome] | None
+    controls: Mapping[str, str]
+    repairs: Mapping[str, str] = field(default_factory=dict)
+    regime: str = ""
+    source: str = ""
+    blind_spot: str = ""
+    expect: Expectation = "holds"
+    needs: tuple[str, ...] = ()
+    budget: Budget = "quick"
+    resolution: float | None = None
+    reason: str = ""
+
+    @property
+    def id(self) -> str:
+        return f"{self.paper}:{self.number}"
+
+    @property
+    def checkable(self) -> bool:
+        return self.check is not None
+
+    @property
+    def on_ledger(self) -> bool:
+        """Whether the claim takes a share of the suite's false-alarm budget."""
+        return self.checkable and self.kind in LEDGER_KINDS
+
+    def items(self) -> list[tuple[Role, str | None]]:
+        """Everything that must be run for a verdict: the claim, each control, each repair."""
+        if not self.checkable:
+            return [("claim", None)]
+        runs: list[tuple[Role, str | None]] = [("claim", None)]
+        runs += [("control", name) for name in self.controls]
+        runs += [("repair", name) for name in self.repairs]
+        return runs
+
+
+def stream(name: str) -> int:
+    """A name's own random stream, 32 bits."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
+
+
+def claim(
+    paper: Paper,
+    number: str,
+    statement: str,
+    *,
+    title: str,
+    kind: Kind,
+    controls: Mapping[str, str],
+    repairs: Mapping[str, str] | None = None,
+    regime: str,
+    source: str,
+    blind_spot: str = "",
+    expect: Expectation = "holds",
+    needs: Iterable[str] = (),
+    budget: Budget = "quick",
+    resolution: float | None = None,
+) -> Callable[[Callable[[Any], Outcome]], Claim]:
+    r"""Turn a check function into a `Claim`.
+
+    `statement` is a sentence with LaTeX between dollar signs.  `controls` maps a name to words: each is a
+    falsified version of the claim which the same check must reject, obtained by `ctx.pick(value, name=...)`.
+    A claim known to be false as printed has `expect="refuted"` and at least one entry in `repairs`, a corrected
+    version which the same check must accept; otherwise a check that rejects everything would look like a finding.
+    `needs` names optional packages ("neural_tangents", "genjax") or "gpu".  `budget` is the smallest
+    budget that can decide the claim; below it the claim is inconclusive without failing the suite.
+    `resolution` is the violation that a statistical check must be able to see.
+
+    Raises ClaimError if there is no negative control, or a field has a value outside its list.
+    """
+    repairs = dict(repairs or {})
+    where = f"claim {paper.stem}:{number}"
+    if kind not in get_args(Kind):
+        raise ClaimError(f"{where}: kind is {kind!r}; expected one of {', '.join(get_args(Kind))}")
+    if expect not in get_args(Expectation):
+        raise ClaimError(f"{where}: expect is {expect!r}; expected 'holds' or 'refuted'")
+    if budget not in EFFORT:
+        raise ClaimError(f"{where}: budget is {budget!r}; expected one of {', '.join(EFFORT)}")
+    if not controls:
+        raise ClaimError(
+            f"{where} has no negative control; name at least one falsified version that its check must reject, "
+            "for example controls={'constant': '2 replaced by 1.9'}, or register it with not_checkable(...)"
+        )
+    if expect == "refuted" and not repairs:
+        raise ClaimError(
+            f"{where} is recorded as false (expect='refuted') without a repair; add repairs={{name: words}} with a "
+            "corrected version that the same check accepts, so that a check which rejects everything is noticed"
+        )
+    if overlap := set(controls) & set(repairs):
+        raise ClaimError(f"{where}: {sorted(overlap)} named both as control and as repair")
+
+    def register(check: Callable[[Any], Outcome]) -> Claim:
+        return Claim(
+            paper.stem,
+            number,
+            title,
+            statement,
+            kind,
+            check,
+            dict(controls),
+            repairs,
+            regime,
+            source,
+            blind_spot,
+            expect,
+            tuple(needs),
+            budget,
+            resolution,
+        )
+
+    return register
+
+
+def not_checkable(
+    paper: Paper, number: str, statement: str, *, title: str, kind: Kind, reason: str, source: str, regime: str = ""
+) -> Claim:
+    """Register a claim that cannot be checked here, with the compulsory reason; the gap stays visible."""
+    if not reason.strip():
+        raise ClaimError(f"claim {paper.stem}:{number}: not_checkable needs a reason")
+    return Claim(paper.stem, number, title, statement, kind, None, {}, regime=regime, source=source, reason=reason)
+
+
+def decide(claim: Claim, outcome: Outcome, alpha: float) -> tuple[Verdict, str]:
+    """The verdict on one run and the reason in words.  `alpha` is this item's share of the false-alarm budget."""
+    if not (math.isfinite(outcome.margin) and math.isfinite(outcome.tolerance)):
+        return Verdict.ERROR, f"margin {outcome.margin}, tolerance {outcome.tolerance}: not finite"
+    if outcome.undecided:
+        return Verdict.INCONCLUSIVE, outcome.undecided
+    match claim.kind:
+        case "statistical":
+            return _decide_statistical(claim, outcome, alpha)
+        case "rate":
+            accepted, rejected = Verdict.CONSISTENT, Verdict.REFUTED
+        case "trained":
+            accepted, rejected = Verdict.REPRODUCED, Verdict.NOT_REPRODUCED
+        case "symbolic" if outcome.validity == "proof":
+            accepted, rejected = Verdict.PROVED, Verdict.REFUTED
+        case _:
+            accepted, rejected = Verdict.HOLDS, Verdict.REFUTED
+    if outcome.margin < -outcome.tolerance:
+        return rejected, f"violated by {-outcome.margin:.3g} (tolerance {outcome.tolerance:.1g})"
+    return accepted, f"worst margin {outcome.margin:.3g} (tolerance {outcome.tolerance:.1g})"
+
+
+def _decide_statistical(claim: Claim, outcome: Outcome, alpha: float) -> tuple[Verdict, str]:
+    if outcome.log_e is None and outcome.p is None:
+        return Verdict.ERROR, "a statistical check must return evidence: log_e or p"
+    if math.isnan(outcome.log_e or 0.0) or math.isnan(outcome.p or 0.0):
+        return Verdict.ERROR, f"evidence is not a number: log_e {outcome.log_e}, p {outcome.p}"
+    if outcome.log_e is not None:
+        rejected, evidence = outcome.log_e >= math.log(1 / alpha), f"log e = {outcome.log_e:.2f}"
+    else:
+        assert outcome.p is not None
+        rejected, evidence = outcome.p < alpha, f"p = {outcome.p:.2g}"
+    if rejected:
+        return Verdict.REFUTED, f"{evidence} against the claim at level {alpha:.2g}"
+    if outcome.resolution is None or not math.isfinite(outcome.resolution):
+        return Verdict.ERROR, "a statistical check that does not reject must state its resolution"
+    if claim.resolution is not None and outcome.resolution > claim.resolution:
+        return (
+            Verdict.INCONCLUSIVE,
+            f"resolution {outcome.resolution:.2g} is coarser than the {claim.resolution:.2g} asked for; use more samples",
+        )
+    return Verdict.CONSISTENT, f"{evidence}, not rejected at level {alpha:.2g}; would see {outcome.resolution:.2g}"

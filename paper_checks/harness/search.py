@@ -1,0 +1,501 @@
+"""Worst-case search: maximise the violation of a bound, confirm it in higher precision, simplify the witness.
+
+The violation is a scalar function of an input, positive where the claim fails, dimensionless and free of
+cancellation (for a bound, left side / right side - 1).  Hypothesis draws the *structure* of inputs (sizes,
+families), JAX draws their numbers, thousands per structure, and climbs the gradient of the violation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.flatten_util
+import jax.numpy as jnp
+import numpy as np
+
+from paper_checks.harness.numerics import enable_x64
+
+CHUNK = 2048
+"""Inputs evaluated in one call; bounds memory."""
+
+ROUNDING_FACTOR = 4.0
+"""Allowance per measured rounding error: twice for its sign, twice for a sample of points instead of all."""
+
+SIMPLIFIED_SIZE = 400
+"""Larger arrays are rounded as a whole only."""
+
+OBVIOUS = 1e-6
+"""Far above rounding in 64 bits: a violation of this size needs no ascent, and Hypothesis may shrink its structure."""
+
+AGREE = 1e-3
+"""Restarts whose final violations differ by less than this (absolute) are said to agree."""
+
+
+class Found(NamedTuple):
+    """The worst input of a search."""
+
+    violation: float
+    x: Any
+    tolerance: float
+    tolerance_reason: str
+    evaluations: int
+    structures: int
+    restarts: int
+    agreeing: int
+    confirmation: str
+    trace: list[tuple[int, float]]
+
+
+class Violated(Exception):
+    """Raised inside Hypothesis so that it shrinks the structure."""
+
+
+@functools.lru_cache(maxsize=256)
+def _batched(violation: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """`violation` over a batch of inputs; one compilation per shape, shared by a claim and its controls."""
+
+    def evaluate(xs: Any, constants: tuple[Any, ...]) -> jax.Array:
+        return jax.vmap(lambda x: violation(x, *constants))(xs)
+
+    return jax.jit(evaluate)
+
+
+@functools.lru_cache(maxsize=256)
+def _climber(violation: Callable[..., jax.Array], steps: int) -> Callable[..., Any]:
+    """Adam on the violation from a batch of starts with a cosine-decayed step, then a pattern-search polish.
+
+    The polish tries every coordinate of the best point in both directions and halves its step on failure, so it
+    needs no derivative and ends at a kink as well as at a smooth maximum.
+    """
+
+    def run(xs: Any, constants: tuple[Any, ...], rate: jax.Array) -> Any:
+        moving, fixed = eqx.partition(xs, eqx.is_inexact_array)
+
+        def value(one: Any, rest: Any) -> jax.Array:
+            return violation(eqx.combine(one, rest), *constants)
+
+        value_and_grad = jax.vmap(jax.value_and_grad(value))
+
+        def step(carry: Any, t: jax.Array) -> Any:
+            x, m, s, best, best_x = carry
+            v, g = value_and_grad(x, fixed)
+            v = jnp.where(jnp.isfinite(v), v, -jnp.inf)
+            g = jax.tree.map(lambda a: jnp.where(jnp.isfinite(a), a, 0), g)
+            better = v > best
+
+            def keep(new: jax.Array, old: jax.Array) -> jax.Array:
+                return jnp.where(better.reshape((-1,) + (1,) * (new.ndim - 1)), new, old)
+
+            best_x = jax.tree.map(keep, x, best_x)
+            best = jnp.where(better, v, best)
+            m = jax.tree.map(lambda a, b: 0.9 * a + 0.1 * b, m, g)
+            s = jax.tree.map(lambda a, b: 0.99 * a + 0.01 * b * b, s, g)
+            lr = rate * 0.5 * (1 + jnp.cos(jnp.pi * t / steps)) + rate * 1e-3
+
+            def move(a: jax.Array, b: jax.Array, c: jax.Array) -> jax.Array:
+                return a + lr * (b / (1 - 0.9 ** (t + 1))) / (jnp.sqrt(c / (1 - 0.99 ** (t + 1))) + 1e-12)
+
+            return (jax.tree.map(move, x, m, s), m, s, best, best_x), best.max()
+
+        zero = jax.tree.map(jnp.zeros_like, moving)
+        start = jax.tree.leaves(xs)[0].shape[0]
+        first = jnp.full((start,), -jnp.inf, jax.tree.leaves(moving)[0].dtype)
+        times = jnp.arange(steps, dtype=first.dtype)
+        (_, _, _, best, best_x), trace = jax.lax.scan(step, (moving, zero, zero, first, moving), times)
+
+        top = jnp.argmax(best)
+        flat, unravel = jax.flatten_util.ravel_pytree(jax.tree.map(lambda a: a[top], best_x))
+        rest = jax.tree.map(lambda a: a[top], fixed)
+        scale = jnp.maximum(jnp.abs(flat), 1e-2 * jnp.max(jnp.abs(flat)) + 1e-12)
+        directions = jnp.concatenate([jnp.diag(scale), -jnp.diag(scale)])
+
+        def polish(carry: Any, _: Any) -> Any:
+            x, v, h = carry
+            trials = jax.vmap(lambda d: value(unravel(x + h * d), rest))(directions)
+            trials = jnp.where(jnp.isfinite(trials), trials, -jnp.inf)
+            i = jnp.argmax(trials)
+            better = trials[i] > v
+            return (jnp.where(better, x + h * directions[i], x), jnp.maximum(v, trials[i]), jnp.where(better, h, h / 2)), v
+
+        (flat, value_at, _), _ = jax.lax.scan(polish, (flat, best[top], jnp.asarray(0.1, flat.dtype)), length=40)
+        return best, eqx.combine(best_x, fixed), trace, value_at, eqx.combine(unravel(flat), rest)
+
+    return jax.jit(run)
+
+
+class _Pool:
+    """Candidates seen so far: the best few inputs per structure, and how much was looked at."""
+
+    def __init__(self, violation: Callable[..., jax.Array], constants: tuple[Any, ...], keep: int, batch: int):
+        self.violation, self.constants, self.keep, self.batch = violation, constants, keep, batch
+        self.best: dict[Any, tuple[np.ndarray, Any]] = {}
+        self.evaluations = 0
+        self.trace: list[tuple[int, float]] = []
+        self.top = -np.inf
+        self.bad_value = 0.0
+        self.bad_input: Any = None
+
+    def look(self, structure: Any, xs: Any) -> float:
+        values = _values(self.violation, self.constants, xs, self.batch)
+        bad = np.isnan(values) | (values == np.inf)
+        if bad.any() and self.bad_input is None:
+            self.bad_value = values[bad.argmax()]
+            self.bad_input = jax.tree.map(lambda a: np.asarray(a)[int(bad.argmax())], xs)
+        values = np.where(np.isfinite(values), values, -np.inf)
+        order = np.argsort(-values)[: self.keep]
+        self.note(len(values), float(values[order[0]]))
+        picked = jax.tree.map(lambda a: np.asarray(a)[order], xs)
+        if structure in self.best:
+            old_values, old = self.best[structure]
+            joined = np.concatenate([old_values, values[order]])
+            again = np.argsort(-joined)[: self.keep]
+            picked = jax.tree.map(lambda a, b: np.concatenate([a, b])[again], old, picked)
+            self.best[structure] = (joined[again], picked)
+        else:
+            self.best[structure] = (values[order], picked)
+        return float(values[order[0]])
+
+    def note(self, evaluations: int, value: float) -> None:
+        self.evaluations += evaluations
+        if value > self.top or not self.trace:
+            self.top = max(self.top, value)
+        self.trace.append((self.evaluations, float(self.top)))
+
+    def ranked(self) -> list[Any]:
+        """Structures, worst case first; where the claim is plainly violated, the smallest clear violation first."""
+
+        def rank(structure: Any) -> tuple[float, float]:
+            values, xs = self.best[structure]
+            size = float(sum(a[0].size for a in jax.tree.leaves(xs)))
+            if self.top > OBVIOUS and values[0] > 0.25 * self.top:
+                return -math.inf, size
+            return -float(values[0]), size
+
+        return sorted(self.best, key=rank)
+
+
+def worst(
+    violation: Callable[..., jax.Array],
+    draw: Callable[..., Any],
+    key: jax.Array,
+    *,
+    constants: tuple[Any, ...] = (),
+    structures: Any = None,
+    corners: Iterable[Any] = (),
+    points: int = 256,
+    examples: int = 12,
+    restarts: int = 32,
+    steps: int = 200,
+    rate: float = 0.05,
+    climb: int = 2,
+    high: Callable[..., float] | None = None,
+    tolerance: tuple[float, str] | None = None,
+) -> Found:
+    """Maximise `violation(x, *constants)` over inputs `x = draw(key, *structure)`.
+
+    violation: differentiable scalar function of a pytree `x`; integer leaves of `x` are held fixed.  Use a
+        module-level function, so that a claim and its controls share one compilation per shape.
+    structures: a Hypothesis strategy of tuples, or a sequence of tuples; None means one structure without parameters.
+    corners: inputs looked at before anything is drawn (zeros, equal rows, extremes, one sample).
+    points, examples: random inputs per structure and structures that Hypothesis draws.
+    restarts, steps, rate, climb: the gradient ascent runs from the best `restarts` inputs of the `climb` worst
+        structures; `steps=0` leaves it out, which suits violations that measure rounding.
+    high: the violation on the host in higher precision, `high(x, *constants)`.  The worst point is re-evaluated
+        with it and its difference is the measured rounding error.
+    tolerance: `(allowance, reason)` where the rounding is known otherwise.  Without both, the rounding is measured by
+        evaluating the worst points in 32 bits and scaling the difference by the ratio of the precisions.
+    Raises FloatingPointError with the input if the violation is NaN or +inf at an input that was drawn, ValueError
+    if there is nothing to draw.
+    """
+    listed: Sequence[Any] | None = None
+    if structures is None:
+        listed = [()]
+    elif isinstance(structures, Sequence):
+        listed = list(structures)
+    batch = min(points, CHUNK)
+    pool = _Pool(violation, constants, restarts, batch)
+
+    def visit(structure: Any) -> float:
+        k = jax.random.fold_in(key, _fingerprint(structure))
+        top = -math.inf
+        for start in range(0, points, CHUNK):
+            size = min(CHUNK, points - start)
+            keys = jax.random.split(jax.random.fold_in(k, start), size)
+            # Not compiled as a whole: structures are many, and their single operations are shared.
+            top = max(top, pool.look(structure, jax.vmap(lambda one: draw(one, *structure))(keys)))
+        return top
+
+    for x in corners:
+        pool.look(("corner", _shapes(x)), jax.tree.map(lambda a: jnp.asarray(a)[None], x))
+    if listed is not None:
+        for structure in listed:
+            visit(structure)
+    else:
+        _explore(structures, visit, examples, int(jax.random.key_data(key)[-1]))
+    if pool.bad_input is not None:
+        raise FloatingPointError(f"the violation is {pool.bad_value} at the input {printable(pool.bad_input)}")
+    if not pool.best:
+        raise ValueError("worst: there is no input to look at; give structures and points, or corners")
+
+    structures_ranked = pool.ranked()
+    candidates: list[tuple[float, Any]] = []
+    agreeing = runs = 0
+    if steps and pool.top <= OBVIOUS:
+        for structure in structures_ranked[:climb]:
+            starts = _padded(pool.best[structure][1], restarts)
+            finals, xs, trace, top, at = _climber(violation, steps)(starts, constants, jnp.asarray(rate))
+            finals, stride = np.asarray(finals), max(1, steps // 20)
+            for v in np.asarray(trace)[::stride]:
+                pool.note(restarts * stride, float(v))
+            pool.note(0, float(top))
+            if float(top) >= max((v for v, _ in candidates), default=-math.inf):
+                runs, agreeing = restarts, int(np.sum(finals > finals.max() - AGREE))
+            candidates.append((float(top), jax.tree.map(np.asarray, at)))
+            candidates += [(float(v), jax.tree.map(lambda a, i=i: np.asarray(a)[i], xs)) for i, v in enumerate(finals)]
+    first_values, first_xs = pool.best[structures_ranked[0]]
+    drawn = [(float(v), jax.tree.map(lambda a, i=i: a[i], first_xs)) for i, v in enumerate(first_values)]
+    candidates = [c for c in candidates + drawn if math.isfinite(c[0])]
+    if not candidates:
+        raise FloatingPointError("the violation is finite at none of the inputs looked at")
+    candidates.sort(key=lambda c: -c[0])
+    near = _padded(first_xs, restarts)
+    judge = _Judge(violation, constants, high, tolerance, near, batch)
+    value, x, confirmation = judge.worst_confirmed(candidates)
+    if value > judge.allowance:
+        x, value = _simplify(judge, x, value)
+        confirmation += "; simplified"
+    return Found(
+        value,
+        x,
+        judge.allowance,
+        judge.reason,
+        pool.evaluations,
+        len(pool.best),
+        runs,
+        agreeing,
+        confirmation,
+        _thin(pool.trace),
+    )
+
+
+class _Judge:
+    """Decides whether a violation is real or rounding: an adversary finds rounding errors before mathematics."""
+
+    MOST, FEW = 12, 3
+    """Candidates examined before the search settles for what is confirmed; few where violations are near rounding."""
+
+    def __init__(
+        self,
+        violation: Callable[..., jax.Array],
+        constants: tuple[Any, ...],
+        high: Callable[..., float] | None,
+        tolerance: tuple[float, str] | None,
+        near: Any,
+        batch: int,
+    ):
+        self.violation, self.constants, self.high, self.batch = violation, constants, high, batch
+        if tolerance is not None:
+            self.allowance, self.reason = tolerance
+        elif high is not None:
+            self.allowance = ROUNDING_FACTOR * np.finfo(np.float64).eps
+            self.reason = "a few units in the last place; the worst point is evaluated in higher precision"
+        else:
+            self.allowance, self.reason = self._measured(near)
+        self.stated = tolerance is not None
+
+    def _measured(self, near: Any) -> tuple[float, str]:
+        difference = np.abs(_in_single_precision(self.violation, self.constants, near, self.batch) - self.many(near))
+        difference = difference[np.isfinite(difference)]
+        eps = float(np.finfo(np.float64).eps)
+        measured = float(difference.max()) * eps / float(np.finfo(np.float32).eps) if difference.size else 0.0
+        reason = f"{ROUNDING_FACTOR:g} x rounding measured in 32 bits on the same inputs, scaled to 64 bits"
+        return ROUNDING_FACTOR * max(measured, eps), reason
+
+    def many(self, xs: Any) -> np.ndarray:
+        return _values(self.violation, self.constants, xs, self.batch)
+
+    def one(self, x: Any) -> float:
+        return float(self.many(jax.tree.map(lambda a: jnp.asarray(a)[None], x))[0])
+
+    def confirm(self, x: Any, value: float) -> float | None:
+        """The violation in the best precision at hand, or None where it cannot be told from rounding."""
+        if self.high is not None:
+            return float(self.high(x, *self.constants))
+        if self.stated:
+            return value
+        alone = jax.tree.map(lambda a: np.asarray(a)[None], x)
+        low = float(_in_single_precision(self.violation, self.constants, alone, self.batch)[0])
+        return value if abs(low - value) <= value / 2 else None
+
+    def worst_confirmed(self, candidates: list[tuple[float, Any]]) -> tuple[float, Any, str]:
+        how = "in 64 bits against the stated allowance" if self.stated else "seen in 32 and in 64 bits"
+        how = "in higher precision" if self.high is not None else how
+        settled: list[tuple[float, Any]] = []
+        aside = 0
+        most = self.MOST if candidates[0][0] > OBVIOUS else self.FEW
+        for value, x in candidates[:most]:
+            real = self.confirm(x, value) if value > self.allowance or self.high is not None else value
+            if real is None or (value > self.allowance >= real):
+                aside += 1  # rounding: not a violation, but keep looking
+            if real is not None:
+                settled.append((real, x))
+            if value <= self.allowance or (real is not None and real > self.allowance):
+                break
+        if not settled:
+            settled = [c for c in candidates[most:] if c[0] <= self.allowance][:1]
+        if not settled:
+            raise FloatingPointError(
+                f"violations up to {candidates[0][0]:.2g} cannot be told from rounding; give the check a `high` function "
+                "that evaluates the violation in higher precision"
+            )
+        value, x = max(settled, key=lambda c: c[0])
+        return value, x, f"confirmed {how}" + (f"; {aside} apparent violations were rounding" if aside else "")
+
+
+def _fingerprint(structure: Any) -> int:
+    return int.from_bytes(hashlib.sha256(repr(structure).encode()).digest()[:4], "big")
+
+
+def _shapes(x: Any) -> tuple[Any, ...]:
+    return tuple(np.shape(a) for a in jax.tree.leaves(x))
+
+
+def _padded(xs: Any, size: int) -> Any:
+    """Repeat the candidates cyclically up to `size`, so that every ascent has the same batch shape."""
+    return jax.tree.map(lambda a: jnp.asarray(np.resize(a, (size, *a.shape[1:]))), xs)
+
+
+def _explore(strategy: Any, visit: Callable[[Any], float], examples: int, seed: int) -> None:
+    """Let Hypothesis draw structures; where one is violated, let it shrink to the smallest violated structure."""
+    import hypothesis
+
+    @hypothesis.seed(seed)
+    @hypothesis.settings(
+        max_examples=examples,
+        database=None,
+        deadline=None,
+        print_blob=False,
+        report_multiple_bugs=False,
+        phases=[hypothesis.Phase.generate, hypothesis.Phase.shrink],
+        suppress_health_check=list(hypothesis.HealthCheck),
+        verbosity=hypothesis.Verbosity.quiet,
+    )
+    @hypothesis.given(strategy)
+    def structures(structure: Any) -> None:
+        if memory.setdefault(structure, None) is None:
+            memory[structure] = visit(structure)
+        if (memory[structure] or 0.0) > OBVIOUS:
+            raise Violated
+
+    memory: dict[Any, float | None] = {}
+    with contextlib.suppress(Violated):
+        structures()
+
+
+def _values(violation: Callable[..., jax.Array], constants: tuple[Any, ...], xs: Any, batch: int) -> np.ndarray:
+    """Violations of a batch of inputs, padded so that every call of a search has the same shape."""
+    count = len(jax.tree.leaves(xs)[0])
+    return np.asarray(_batched(violation)(_padded(xs, max(batch, count)), constants))[:count]
+
+
+def _in_single_precision(
+    violation: Callable[..., jax.Array], constants: tuple[Any, ...], xs: Any, batch: int
+) -> np.ndarray:
+    def lower(tree: Any) -> Any:
+        return jax.tree.map(
+            lambda a: np.asarray(a, np.float32) if np.issubdtype(np.asarray(a).dtype, np.floating) else np.asarray(a), tree
+        )
+
+    with enable_x64(False):
+        return _values(violation, lower(constants), lower(xs), batch).astype(float)
+
+
+def _simplify(judge: _Judge, x: Any, value: float) -> tuple[Any, float]:
+    """Round and zero the witness as long as a good part of the violation survives."""
+    floor = max(10 * judge.allowance, 0.25 * value)
+    leaves, tree = jax.tree.flatten(jax.tree.map(np.asarray, x))
+
+    def survives(trial: list[np.ndarray]) -> bool:
+        v = judge.one(jax.tree.unflatten(tree, trial))
+        return math.isfinite(v) and v > floor
+
+    for digits in (1, 2, 3, 4):
+        trial = [_significant(a, digits) for a in leaves]
+        if survives(trial):
+            leaves = trial
+            break
+    for i, leaf in enumerate(leaves):
+        if not np.issubdtype(leaf.dtype, np.floating) or leaf.size > SIMPLIFIED_SIZE:
+            continue
+        for j in range(leaf.size):
+            for candidate in (0.0, float(np.round(leaves[i].flat[j]))):
+                if leaves[i].flat[j] == candidate:
+                    break
+                trial = [a.copy() for a in leaves]
+                trial[i].flat[j] = candidate
+                if survives(trial):
+                    leaves = trial
+                    break
+    simple = jax.tree.unflatten(tree, leaves)
+    confirmed = judge.confirm(simple, judge.one(simple))
+    return (x, value) if confirmed is None or confirmed <= judge.allowance else (simple, confirmed)
+
+
+def _significant(a: np.ndarray, digits: int) -> np.ndarray:
+    if not np.issubdtype(a.dtype, np.floating):
+        return a
+    with np.errstate(divide="ignore"):
+        power = np.where(a == 0, 0, np.floor(np.log10(np.abs(a)))) - digits + 1
+    # Division by a power of ten gives the nearest double to the decimal number, and so its short form; 10^-k does not.
+    up, down = 10.0 ** np.maximum(-power, 0), 10.0 ** np.maximum(power, 0)
+    return np.round(a / down * up) / up * down
+
+
+def printable(x: Any) -> Any:
+    """Plain data that pastes back into Python: nested lists for one array, {path: nested lists} for several."""
+    if jax.tree_util.all_leaves([x]):
+        return np.asarray(x).tolist()
+    return {_path(path): np.asarray(a).tolist() for path, a in jax.tree_util.tree_flatten_with_path(x)[0]}
+
+
+def restored(witness: Any, draw: Callable[..., Any], structures: Any = None) -> Any:
+    """The input that `printable` made `witness` of, as NumPy arrays; inputs themselves pass through.
+
+    Raises ValueError if `witness` lacks a part of what `draw` returns.
+    """
+    if structures is None:
+        structure: Any = ()
+    elif isinstance(structures, Sequence):
+        structure = structures[0]
+    else:
+        import hypothesis
+
+        structure = hypothesis.find(structures, lambda _: True, settings=hypothesis.settings(database=None))
+    like = jax.eval_shape(lambda key: draw(key, *structure), jax.random.key(0))
+    leaves, tree = jax.tree_util.tree_flatten_with_path(like)
+    if jax.tree.structure(witness) == tree:
+        values = jax.tree.leaves(witness)
+    elif jax.tree_util.treedef_is_leaf(tree):
+        values = [witness]
+    else:
+        names = [_path(path) for path, _ in leaves]
+        if not isinstance(witness, dict) or set(names) != set(witness):
+            raise ValueError(f"the witness is {witness!r}; expected a dict with the keys {', '.join(names)}")
+        values = [witness[name] for name in names]
+    return jax.tree.unflatten(tree, [np.asarray(v, leaf.dtype) for v, (_, leaf) in zip(values, leaves, strict=True)])
+
+
+def _path(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def _thin(trace: list[tuple[int, float]], most: int = 60) -> list[tuple[int, float]]:
+    stride = max(1, -(-len(trace) // most))
+    return trace[::stride] + ([trace[-1]] if (len(trace) - 1) % stride else [])

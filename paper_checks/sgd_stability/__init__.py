@@ -1,0 +1,61 @@
+"""The Implicit Regularization of Dynamical Stability in Stochastic Gradient Descent (Wu and Su, ICML 2023): its claims.
+
+Statements about stability are attacked through the exact threshold eta* of the linearised dynamics, the largest learning
+rate that is stable in mean square: a bound "stable at eta implies S <= g(eta)" is true exactly when it holds at eta*.
+Inputs are feature matrices A (n, d), one gradient a_i a row, from five families, and gradient ascent moves A
+itself.  Worst points are re-evaluated by an oracle in 40 digits that shares no code with `theory.sgd_stability`.
+"""
+
+from paper_checks.sgd_stability.bounds import (
+    batch_bound,
+    batch_free_trace_bound,
+    divergence_criterion,
+    frobenius_bound,
+    gaussian_alignment,
+    gradient_descent,
+    sgd_stable_implies_gd_stable,
+    sharpness_of_trace_bound,
+    trace_bound,
+)
+from paper_checks.sgd_stability.experiments import (
+    balancing_experiment,
+    diagonal_experiment,
+    relu_experiment,
+    sgd_balances,
+    trace_follows_learning_rate,
+)
+from paper_checks.sgd_stability.inputs import PAPER
+from paper_checks.sgd_stability.networks import (
+    diagonal_equivalence,
+    gd_is_too_weak,
+    l1_bound,
+    l1_rademacher,
+    path_norm_bound,
+    path_norm_equivalence,
+    path_rademacher,
+)
+
+__all__ = [
+    "PAPER",
+    "gradient_descent",
+    "trace_bound",
+    "batch_bound",
+    "batch_free_trace_bound",
+    "frobenius_bound",
+    "gaussian_alignment",
+    "sharpness_of_trace_bound",
+    "sgd_stable_implies_gd_stable",
+    "divergence_criterion",
+    "diagonal_equivalence",
+    "l1_bound",
+    "path_norm_equivalence",
+    "path_norm_bound",
+    "l1_rademacher",
+    "path_rademacher",
+    "gd_is_too_weak",
+    "trace_follows_learning_rate",
+    "sgd_balances",
+    "diagonal_experiment",
+    "relu_experiment",
+    "balancing_experiment",
+]
