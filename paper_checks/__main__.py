@@ -27,13 +27,19 @@ from paper_checks.harness.numerics import DeviceError, claim_platform, find_devi
 from paper_checks.harness.runner import Result, Settings, Store, document, run_claim
 
 DEFAULT_FOLDER = Path("reports")
-STYLE = {"refuted": "red", "not reproduced": "red", "error": "bold red", "inconclusive": "yellow", "not checkable": "dim"}
+STYLE = {
+    "refuted": "red",
+    "not reproduced": "red",
+    "error": "bold red",
+    "inconclusive": "yellow",
+    "not checkable": "dim",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     options = _parser().parse_args(arguments)
-    out, errors = Console(), Console(stderr=True)
+    out, errors = _console(), _console(stderr=True)
     try:
         return int(options.command(options, out))
     except (registry.UnknownClaimError, ClaimError, DeviceError, ValueError) as problem:
@@ -45,6 +51,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         errors.print("paper-checks: interrupted")
         return 130
+
+
+def _console(stderr: bool = False) -> Console:
+    """The terminal as it is; in a pipe or file wide enough for every table and line."""
+    wide = None if (sys.stderr if stderr else sys.stdout).isatty() else 160
+    return Console(stderr=stderr, width=wide, highlight=False)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -62,7 +74,9 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--seed", default=0, type=int, help="seed of every random stream")
     one.add_argument("--device", default=None, choices=["cpu", "gpu"], help="where checks run (default: JAX's choice)")
     one.add_argument("--suite-alpha", default=1e-3, type=float, help="false-alarm probability of the whole run (0.001)")
-    one.add_argument("--report", default=DEFAULT_FOLDER, type=Path, metavar="DIR", help="folder of the report (reports)")
+    one.add_argument(
+        "--report", default=DEFAULT_FOLDER, type=Path, metavar="DIR", help="folder of the report (reports)"
+    )
     one.add_argument("--json", default=None, type=Path, metavar="FILE", help="write the JSON document there too")
     one.add_argument("--resume", action="store_true", help="keep runs that an earlier, interrupted call finished")
     one.set_defaults(command=_run)
@@ -145,6 +159,8 @@ def _run(options: argparse.Namespace, out: Console) -> int:
     report.ensure_writable(options.report)
     if options.json is not None:
         report.ensure_writable(options.json.parent)
+        if options.json.is_dir():
+            raise IsADirectoryError(f"--json {options.json} is a folder; give the name of a file")
     store = Store(options.report, settings)
     out.print(
         f"{len(claims)} claims, budget {settings.budget}, seed {settings.seed}, device {device.platform}, "
@@ -169,7 +185,9 @@ def _run(options: argparse.Namespace, out: Console) -> int:
     page = report.write_report(made, options.report)
     out.print(_summary(results))
     if interrupted:
-        out.print(f"[yellow]interrupted after {len(results)} of {len(claims)} claims; repeat with --resume to continue[/]")
+        out.print(
+            f"[yellow]interrupted after {len(results)} of {len(claims)} claims; repeat with --resume to continue[/]"
+        )
     bad = [r for r in results if not r.ok]
     for r in bad:
         out.print(Text(f"{r.claim.id}: {r.reason}", style="red"))
@@ -191,7 +209,7 @@ def _line(result: Result) -> Text:
         measured = result.reason
     line = Text(f"{result.claim.id:22} ")
     line.append(f"{result.verdict:14} ", style=_style(result))
-    line.append(f"{measured:44} {result.seconds:5.1f}s", style="dim")
+    line.append(f"{measured:38} {result.seconds:6.1f} s", style="dim")
     return line
 
 

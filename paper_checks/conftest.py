@@ -120,7 +120,9 @@ class ClaimItem(pytest.Item):
                 lines += ["  counterexample:", *(f"    {row}" for row in o.counterexample.splitlines())]
         if run.error:
             lines += run.error.splitlines()
-        again = f"pytest paper_checks -k '{self.claim.number}' --budget {run.budget} --seed {run.seed}"
+        again = f"pytest '{self.nodeid}' --budget {run.budget} --seed {run.seed}"
+        if self.claim.on_ledger:  # alone it would be tested at the level of the whole suite
+            again += f" --suite-alpha {run.alpha!r}"
         return "\n".join([*lines, f"  rerun: {again}"])
 
     def reportinfo(self) -> tuple[Path, int, str]:
@@ -145,7 +147,14 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"paper checks: budget {s.budget}, seed {s.seed}, suite alpha {s.suite_alpha:g}, device {s.device or 'default'}"
 
 
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    # What no single item can see, a tolerance too close to a control's violation for example, fails the run too.
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if session.exitstatus == pytest.ExitCode.OK and reporter is not None and not all(r.ok for r in _results(reporter)):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def _results(terminalreporter: Any) -> list[Result]:
     kept: dict[str, list[Run]] = {}
     for reports in terminalreporter.stats.values():
         for one in reports:
@@ -153,10 +162,14 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
                 for name, value in getattr(one, "user_properties", []):
                     if name == "claim":
                         kept.setdefault(value["id"], []).append(run_from(value["run"]))
-    if not kept:
-        return
     results = [Result(registry.find(identifier), tuple(runs)) for identifier, runs in kept.items()]
-    results.sort(key=lambda r: (r.claim.paper, [int(d) for d in re.findall(r"\d+", r.claim.number)], r.claim.number))
+    return sorted(results, key=lambda r: (r.claim.paper, [int(d) for d in re.findall(r"\d+", r.claim.number)], r.claim.number))
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    results = _results(terminalreporter)
+    if not results:
+        return
     terminalreporter.section("paper claims")
     for r in results:
         o = r.outcome
@@ -167,6 +180,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             measured, controls = r.reason, ""
         line = f"{r.claim.id:24s} {r.claim.kind:11s} {r.verdict:14s} {measured:18s} {tight:17s} {controls} {r.seconds:.1f}s"
         terminalreporter.write_line(line, red=not r.ok, green=r.ok and o is not None)
+        if not r.ok:
+            terminalreporter.write_line(f"    {r.reason}", red=True)
     folder = config.getoption("report")
     if folder and not hasattr(config, "workerinput"):
         random = sum(r.claim.on_ledger for r in results)

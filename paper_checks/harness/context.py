@@ -251,11 +251,10 @@ class Context:
             y = e[fine] * (h / h[fine]) ** q
             style = "line" if name == "claimed" else "dashed"
             lines.append({"label": f"{name} order {q:g}", "x": h.tolist(), "y": y.tolist(), "style": style})
-        reach = slope.half_width + 2 * slope.drift
         return Outcome(
-            margin=reach - abs(slope.order - claimed) if slope.verdict != "rival" else -abs(slope.order - claimed),
+            margin=slope.reach - abs(slope.order - claimed) if slope.verdict != "rival" else -abs(slope.order - claimed),
             n=int(np.size(errors)),
-            resolution=reach,
+            resolution=slope.reach,
             validity="asymptotic",
             our_value=slope.order,
             paper_value=claimed,

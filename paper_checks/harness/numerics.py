@@ -19,10 +19,11 @@ class DeviceError(RuntimeError):
 def enable_x64(on: bool) -> contextlib.AbstractContextManager[None]:
     """64-bit JAX types on or off within a `with` block, on every supported JAX."""
     # The context manager moved from jax.experimental to jax itself; each JAX of our range has one of the two.
-    new = getattr(jax, "enable_x64", None)
-    if new is None:
-        from jax.experimental import enable_x64 as new
-    return new(on)
+    if hasattr(jax, "enable_x64"):
+        return jax.enable_x64(on)
+    from jax import experimental
+
+    return experimental.enable_x64(on)
 
 
 def find_device(platform: str | None) -> jax.Device:

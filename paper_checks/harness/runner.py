@@ -42,10 +42,13 @@ from paper_checks.harness.statistics import REPEAT_LEVEL
 CONTROL_MARGIN = 10.0
 """A control must violate by at least this many times the rounding allowance, or the check could not tell."""
 
+# fmt: off
 LISTED_PACKAGES = (
-    "jax jaxlib numpy scipy equinox optax jaxtyping numpyro sympy diffrax lineax optimistix hypothesis pytest genjax "
-    "neural-tangents matplotlib latex2mathml"
-).split()
+    "jax", "jaxlib", "numpy", "scipy", "equinox", "optax", "jaxtyping", "numpyro", "sympy", "diffrax",
+    "lineax", "optimistix", "hypothesis", "pytest", "genjax", "neural-tangents", "matplotlib",
+    "latex2mathml",
+)
+# fmt: on
 
 
 @dataclass(frozen=True)
@@ -183,7 +186,7 @@ def run_item(claim: Claim, role: Role, name: str | None, settings: Settings) -> 
         "budget": settings.budget,
         "alpha": settings.alpha,
     }
-    still = {"seconds": 0.0, "device": "", "dtype": "", "caught": None}
+    still: dict[str, Any] = {"seconds": 0.0, "device": "", "dtype": "", "caught": None}
     if not claim.checkable:
         return Run(**blank, **still, verdict=Verdict.NOT_CHECKABLE, reason=claim.reason)
     if lacking := missing(claim.needs):

@@ -34,6 +34,9 @@ SIMPLIFIED_SIZE = 400
 OBVIOUS = 1e-6
 """Far above rounding in 64 bits: a violation of this size needs no ascent, and Hypothesis may shrink its structure."""
 
+PLAIN = 1e-2
+"""A violation that a reader sees at once; the smallest structure that has it makes the counterexample."""
+
 AGREE = 1e-3
 """Restarts whose final violations differ by less than this (absolute) are said to agree."""
 
@@ -174,7 +177,7 @@ class _Pool:
         def rank(structure: Any) -> tuple[float, float]:
             values, xs = self.best[structure]
             size = float(sum(a[0].size for a in jax.tree.leaves(xs)))
-            if self.top > OBVIOUS and values[0] > 0.25 * self.top:
+            if self.top > OBVIOUS and values[0] > min(0.25 * self.top, PLAIN):
                 return -math.inf, size
             return -float(values[0]), size
 
@@ -304,7 +307,7 @@ class _Judge:
         if tolerance is not None:
             self.allowance, self.reason = tolerance
         elif high is not None:
-            self.allowance = ROUNDING_FACTOR * np.finfo(np.float64).eps
+            self.allowance = ROUNDING_FACTOR * float(np.finfo(np.float64).eps)
             self.reason = "a few units in the last place; the worst point is evaluated in higher precision"
         else:
             self.allowance, self.reason = self._measured(near)

@@ -168,7 +168,7 @@ def _points(x: object, name: str) -> np.ndarray:
     a = np.asarray(x, float)
     a = a[:, None] if a.ndim == 1 else a
     if a.ndim != 2 or len(a) < 8:
-        raise ValueError(f"same_law: {name} has shape {np.shape(x)}; expected (n,) or (n, d) with n at least 8")
+        raise ValueError(f"same_law: {name} has shape {np.asarray(x).shape}; expected (n,) or (n, d) with n at least 8")
     if not np.all(np.isfinite(a)):
         raise FloatingPointError(f"same_law: {name} has non-finite values")
     return a
@@ -180,6 +180,8 @@ class Slope(NamedTuple):
     order: float
     half_width: float
     drift: float
+    reach: float
+    """How far from `order` the asymptotic order may lie: half width and what the drift may still add."""
     local: tuple[float, ...]
     verdict: str
     """ "claimed", "rival" (a neighbouring order fits and the claimed one does not) or "undecided"."""
@@ -194,9 +196,10 @@ def order(
     errors: (replicates, levels) positive errors, independent replicates of the whole curve, at the steps
         of the same length.  At least 5 replicates and 4 levels.
     The estimate is the local slope on the finest levels.  Its interval is Student's t at level `alpha` widened by
-    the observed drift (the last change of the local slopes), because coarse steps are not yet asymptotic and a bare
+    what is left of the drift (from the last change of the local slopes), because steps are not yet asymptotic and a bare
     confidence interval refutes true orders.  The claimed order is accepted if the interval contains it and excludes the
-    rivals (default: claimed +- 1/2); rejected if it excludes the claimed order and the local slopes do not move towards it.
+    rivals (default: claimed +- 1/2); rejected if it excludes the claimed order, unless the local slopes change fast and
+    move towards the claimed order.
     """
     e = np.asarray(errors, float)
     h = np.asarray(steps, float)
@@ -218,20 +221,25 @@ def order(
     replicates = len(e)
     half = float(stats.t.isf(alpha / 2, replicates - 1) * finest.std(ddof=1) / math.sqrt(replicates))
     averages = local.mean(0)
-    drift = float(abs(averages[:2].mean() - averages[1:3].mean()))
-    reach = half + 2 * drift
+    changes = (local[:, 0] - local[:, 2]) / 2
+    drift = float(abs(changes.mean()))
+    uncertain = drift + float(changes.std(ddof=1)) / math.sqrt(replicates)
+    # Strong errors of order q are h^q (c + O(sqrt h)): a bias that shrinks by sqrt(ratio) a level has 1 / (sqrt(ratio) - 1)
+    # of its last change still to go.  Half as much again, for the terms beyond the first.
+    ratio = float(np.exp(np.min(np.diff(log_h))))
+    reach = half + 1.5 * uncertain / (math.sqrt(ratio) - 1)
     contains = abs(centre - claimed) <= reach
     excluded = all(abs(centre - r) > reach for r in rivals)
     approaching = abs(averages[0] - claimed) < abs(averages[-1] - claimed) - 1e-12
     shown = tuple(float(a) for a in averages)
     words = f"order {centre:.3f} +- {half:.3f} (drift {drift:.3f}), local slopes {', '.join(f'{a:.2f}' for a in shown)}"
     if contains and excluded:
-        return Slope(centre, half, drift, shown, "claimed", words)
+        return Slope(centre, half, drift, reach, shown, "claimed", words)
     if contains:
-        return Slope(centre, half, drift, shown, "undecided", f"{words}: does not exclude the neighbouring orders")
-    if approaching and reach > 0.25:
-        return Slope(centre, half, drift, shown, "undecided", f"{words}: not asymptotic yet")
-    return Slope(centre, half, drift, shown, "rival", f"{words}: excludes {claimed:g}")
+        return Slope(centre, half, drift, reach, shown, "undecided", f"{words}: does not exclude the neighbouring orders")
+    if approaching and half + 2 * drift > 0.25:
+        return Slope(centre, half, drift, reach, shown, "undecided", f"{words}: not asymptotic yet")
+    return Slope(centre, half, drift, reach, shown, "rival", f"{words}: excludes {claimed:g}")
 
 
 class Advantage(NamedTuple):

@@ -53,7 +53,8 @@ def _gd_violation(problem: Problem, constant: jax.Array, use_trace: jax.Array) -
             return (power / size, 2 * log_scale + jnp.log(size)), None
 
         (power, log_scale), _ = jax.lax.scan(double, (step, jnp.zeros(())), length=14)
-        return (jnp.log(jnp.linalg.norm(power @ start) / jnp.linalg.norm(start)) + log_scale) / STEPS
+        logarithm = jnp.log(jnp.linalg.norm(power @ start) / jnp.linalg.norm(start)) + log_scale
+        return jnp.maximum(logarithm / STEPS, -1.0)  # minus infinity where one step ends at the minimum
 
     eta = constant / sharpness
     return jnp.maximum(growth(0.999 * eta), -growth(1.001 * eta))

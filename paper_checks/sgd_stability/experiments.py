@@ -26,7 +26,9 @@ ALMOST_SURE = 1.1
 threshold, where the expectation is already carried by rare excursions (Gaussian features: Lyapunov exponent -0.0045 at
 1.05 eta*).  Gradient descent exceeds the bounds five times or more."""
 CLIP = 50.0  # inactive near convergence; without it large rates leave the initialisation in the first steps
-SUBSTITUTE = "Data are synthetic, as in the paper; sizes, rates and steps are those of a public reproduction of its experiments."
+SUBSTITUTE = (
+    "Data are synthetic, as in the paper; sizes, rates and steps are those of a public reproduction of its experiments."
+)
 
 
 class Trained(NamedTuple):
@@ -122,9 +124,7 @@ def _diagonal_runs(seed: int, budget: str, algorithm: str) -> Trained:
 
 
 @functools.partial(jax.jit, static_argnames=("n", "d", "m", "steps", "batch"))
-def train_relu(
-    key: jax.Array, rates: jax.Array, *, n: int, d: int, m: int, steps: int, batch: int | None
-) -> Trained:
+def train_relu(key: jax.Array, rates: jax.Array, *, n: int, d: int, m: int, steps: int, batch: int | None) -> Trained:
     """Train two-layer ReLU networks on a teacher of ten neurons (E2)."""
 
     def sphere(key: jax.Array, count: int) -> jax.Array:
@@ -270,7 +270,8 @@ def diagonal_experiment(ctx: Context) -> Outcome:
     title="Two-layer ReLU network: SGD ends below its bounds",
     kind="trained",
     controls={"gd": "gradient descent, at sqrt(d) times the rate, in the place of SGD"},
-    regime="quick: d = 20, m = 50, n = 60; standard: d = m = 100, n = 300; inputs on the sphere, teacher of ten neurons, several seeds",
+    regime="quick: d = 20, m = 50, n = 60; standard: d = m = 100, n = 300; inputs on the sphere, teacher of ten neurons, "
+    "several seeds",
     source="Experiment of the paper, settings of a public reproduction.",
 )
 def relu_experiment(ctx: Context) -> Outcome:
@@ -323,7 +324,10 @@ def balancing_experiment(ctx: Context) -> Outcome:
             "SGD: r at the end is at most 1.5": _slack(1.5, ours.balance),
             "gradient descent: r at the end is at least 0.8 of that at the start": _slack(1 / 0.8, start / gd.balance),
         },
-        note="; ".join(f"{k}: " + ", ".join(f"{r:g} -> {v:.3f}" for r, v in zip(BALANCES, y, strict=True)) for k, y in means.items()),
+        note="; ".join(
+            f"{k}: " + ", ".join(f"{r:g} -> {v:.3f}" for r, v in zip(BALANCES, y, strict=True))
+            for k, y in means.items()
+        ),
         figure={
             "title": "Balance of the factors",
             "x_label": "r at the start",

@@ -60,7 +60,9 @@ def draw_features(key: jax.Array, family: str, n: int, d: int) -> jax.Array:
         case "decay":
             x = x / jnp.arange(1, d + 1)
         case "heavy":
-            x = x / jnp.sqrt(jnp.mean(jax.random.normal(k_w, (3, n, d)) ** 2, axis=0))  # Student t, 3 degrees of freedom
+            x = x / jnp.sqrt(
+                jnp.mean(jax.random.normal(k_w, (3, n, d)) ** 2, axis=0)
+            )  # Student t, 3 degrees of freedom
         case "relu":
             x = jax.nn.relu(jax.random.normal(k_x, (n, 5)) @ jax.random.normal(k_w, (5, d))) + 1e-3 * x
     return x * 10 ** jax.random.uniform(k_scale, minval=-1.0, maxval=1.0)
@@ -230,5 +232,3 @@ def bound_search(ctx: Context, violation: Any, constants: tuple[Any, ...], **opt
 def effort(ctx: Context) -> dict[str, Any]:
     """Search effort: the quick budget climbs from the worst structure only, the others from two."""
     return {"points": 64, "steps": 120, "climb": 1 if ctx.budget == "quick" else 2}
-
-

@@ -1,0 +1,44 @@
+"""The Python examples of the README and of the guides run as they stand."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from paper_checks import Verdict, run
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def examples(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_readme_library_example() -> None:
+    (example,) = [e for e in examples("README.md") if "stability_report" in e]
+    names: dict = {}
+    exec(compile(example, "README.md", "exec"), names)
+    report = names["report"]
+    assert bool(report.threshold.converged)
+    assert float(report.trace) <= float(report.exact) * (1 + 1e-5)  # 32-bit floats; the stated bound is the weaker one
+
+
+def test_guide_example_is_a_claim_that_holds() -> None:
+    (example,) = [e for e in examples("docs/adding_a_paper.md") if "@claim" in e]
+    names: dict = {}
+    exec(compile(example, "adding_a_paper.md", "exec"), names)
+    result = run(names["trace_bound"])
+    assert result.verdict is Verdict.HOLDS, result.reason
+    assert result.controls["constant"].caught
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", *[f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md")]]
+)
+def test_links_lead_somewhere(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    named = re.findall(r"\]\(([^)#:]+)\)", text) + re.findall(
+        r"`((?:docs|tests|notebooks|benchmarks|requirements)/[\w./]+\.\w+)`", text
+    )
+    for link in named:
+        assert (ROOT / page).parent.joinpath(link).exists() or (ROOT / link).exists(), link
