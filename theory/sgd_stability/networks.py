@@ -3,9 +3,8 @@
 A network is a function apply(params, x_i) -> scalar with params a pytree of arrays.
 """
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +13,8 @@ from jaxtyping import Array, ArrayLike, Bool, DTypeLike, Float, PyTree
 from theory.sgd_stability.bounds import alignment_infimum_from_gram, threshold_bounds
 from theory.sgd_stability.operator import HIGHEST, Sampling, as_gram, dot
 from theory.sgd_stability.threshold import Threshold, stability_threshold_from_gram
-from theory.training import risk
+from theory.training import Apply, risk
 
-Apply = Callable[[Any, Array], Array]
 INTERPOLATION_RISK = 1e-8  # below this risk the Hessian is taken to be the Gauss-Newton matrix
 
 

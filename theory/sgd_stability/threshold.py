@@ -190,8 +190,11 @@ def _solve(
         jnp.linalg.norm(res) / (kappa + tiny),
     )
     end = jax.lax.while_loop(unfinished, step, start)
-    sigma = end.y[0] * shrink * jnp.sign(jnp.trace(end.y[0]))
-    eta = jnp.minimum(quotient(co.a, sigma, mean, noise), 2 / gd_kappa)
+    y = end.y[0]
+    sigma = y * shrink * jnp.sign(jnp.trace(y))
+    kappa = jnp.vdot(y, apply(y), precision=HIGHEST)  # afresh: the stored images carry the rounding of all steps
+    eta = jnp.minimum(2 * jnp.vdot(y, y, precision=HIGHEST) / jnp.where(kappa == 0, 1, kappa), 2 / gd_kappa)
+    eta = jnp.where(kappa == 0, jnp.inf, eta)
     lower = _lower_bound(co, sigma, eta, mean, noise, 10 * tolerance)
     threshold = Threshold(eta, lower, end.iterations, end.residual <= tolerance, end.residual)
     return _Solution(co, sigma, threshold)
