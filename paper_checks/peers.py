@@ -3,8 +3,8 @@
 neural-tangents   kernels of infinitely wide networks, and empirical ones        `neural_tangents`
 genjax            generative functions: densities and simulation                 `genjax`, `simulate`, `assess`
 
-Both are optional, and nothing but comparisons needs them.  The interface to genjax is the same for its two programs of
-that name, 0.10 (for jax 0.5) and 1.0 (for jax 0.11).  Other peers need no adapter and are imported where they are used.
+Both are optional, and only comparisons need them.  The interface to genjax covers both programs of that name, release 0.10
+(for jax 0.5) and 1.0, a rewrite (for jax 0.11).  Other peers need no adapter and are imported where they are used.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ from jaxtyping import Array, ArrayLike, Float, Key
 Choices = dict[str, Any] | ArrayLike
 """Values of the random choices by address, nested as the calls are; of a single distribution the value itself."""
 
+_GET_NEURAL_TANGENTS = "pip install --no-deps neural-tangents frozendict (TensorFlow is not needed)"
+_GET_GENJAX = 'it is in the extra "peers": pip install "proofstone[peers]"'
+
 
 class Simulation(NamedTuple):
     """One run of a generative function: its choices, their log density, and what the function returned."""
@@ -37,17 +40,18 @@ def neural_tangents() -> ModuleType:
 
     Only the sub-package `neural_tangents.experimental` uses TensorFlow (and tf2jax), but the package imports it.  If one
     of the two is missing, an empty module stands in for it during the import; importing the sub-package afterwards says
-    what is missing.  Raises ImportError if neural-tangents is not installed, or if it cannot be imported with this jax:
-    release 0.6.5 reads names that jax moved after 0.5.
+    what is missing.  With jax 0.5.3, `empirical_ntk_fn` fails for structured derivatives; its other implementations work.
+    Raises ImportError if neural-tangents is not installed, or if it cannot be imported with this jax: release 0.6.5
+    reads names that jax moved in 0.6.
     """
     name = "neural_tangents"
     placeholder = f"{name}.experimental"
     lacking = any(importlib.util.find_spec(needed) is None for needed in ("tensorflow", "tf2jax"))
     if name in sys.modules or not lacking:
-        return _peer(name, "neural-tangents", _INSTALL_NEURAL_TANGENTS, "it needs jax 0.5")
+        return _peer(name, "neural-tangents", _GET_NEURAL_TANGENTS, "it needs jax 0.5")
     sys.modules[placeholder] = ModuleType(placeholder)
     try:
-        return _peer(name, "neural-tangents", _INSTALL_NEURAL_TANGENTS, "it needs jax 0.5")
+        return _peer(name, "neural-tangents", _GET_NEURAL_TANGENTS, "it needs jax 0.5")
     finally:
         # Left there, it would hide the true reason from whoever imports the sub-package.
         del sys.modules[placeholder]
@@ -55,7 +59,7 @@ def neural_tangents() -> ModuleType:
 
 def genjax() -> ModuleType:
     """The module genjax.  Raises ImportError if it is not installed or cannot be imported with this jax."""
-    return _peer("genjax", "genjax", _INSTALL_GENJAX, "genjax 0.10 needs jax 0.5, genjax 1.0 needs jax 0.11")
+    return _peer("genjax", "genjax", _GET_GENJAX, "genjax 0.10 needs jax 0.5, genjax 1.0 needs jax 0.11")
 
 
 def genjax_version() -> tuple[int, ...]:
@@ -63,7 +67,7 @@ def genjax_version() -> tuple[int, ...]:
     try:
         version = metadata.version("genjax")
     except metadata.PackageNotFoundError as error:
-        raise ImportError(f"genjax is not installed: {_INSTALL_GENJAX}") from error
+        raise ImportError(f"genjax is not installed: {_GET_GENJAX}") from error
     return tuple(int(number) for number in re.findall(r"\d+", version)[:3])
 
 
@@ -72,7 +76,7 @@ def simulate(key: Key[Array, ""], generative_function: Any, args: tuple[Any, ...
 
     The density is that of all choices, with respect to the product of the Lebesgue and counting measures.  jit and vmap
     over `key` work.  Raises ImportError as `genjax` does, TypeError if `generative_function` or `args` is something
-    else, ValueError if choices are not addressed by names alone (combinators with changing addresses).
+    else, and with genjax 0.10 ValueError if it depends on a value which choices are made (`or_else` for example).
     """
     module = genjax()
     _check("simulate", generative_function, args)
@@ -98,10 +102,6 @@ def assess(generative_function: Any, args: tuple[Any, ...], choices: Choices) ->
         choice_map = module.ChoiceMap.d(choices) if by_name else module.ChoiceMap.choice(choices)
         return generative_function.assess(choice_map, args)[0]
     return generative_function.assess(choices, *args)[0]
-
-
-_INSTALL_NEURAL_TANGENTS = "pip install --no-deps neural-tangents frozendict (TensorFlow, which its metadata asks for, is not needed)"
-_INSTALL_GENJAX = 'pip install "proofstone[peers]"'
 
 
 def _peer(name: str, distribution: str, install: str, needs: str) -> ModuleType:

@@ -223,7 +223,7 @@ def order(
     averages = local.mean(0)
     changes = (local[:, 0] - local[:, 2]) / 2
     drift = float(abs(changes.mean()))
-    uncertain = drift + float(changes.std(ddof=1)) / math.sqrt(replicates)
+    uncertain = drift + 2 * float(changes.std(ddof=1)) / math.sqrt(replicates)
     # Strong errors of order q are h^q (c + O(sqrt h)): a bias that shrinks by sqrt(ratio) a level has 1 / (sqrt(ratio) - 1)
     # of its last change still to go.  Half as much again, for the terms beyond the first.
     ratio = float(np.exp(np.min(np.diff(log_h))))
