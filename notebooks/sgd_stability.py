@@ -129,9 +129,7 @@ axes[0].set_ylabel("largest stable learning rate")
 axes[0].legend(fontsize=8, loc="upper left", frameon=False)
 for (name, f), colour, mark in zip(found.items(), (BLUE, ORANGE), "os", strict=True):
     axes[2].plot(RATES, 100 * f["wrong"], f"{mark}-", color=colour, label=name)
-axes[2].set(
-    xscale="log", ylabel="test error (%)", title="Odd or even, 8x8 digits", ylim=(0, None)
-)
+axes[2].set(xscale="log", ylabel="test error (%)", title="Odd or even, 8x8 digits", ylim=(0, None))
 axes[2].legend(frameon=False)
 for axis in axes:
     axis.set_xticks(RATES, [f"{1e3 * r:g}" for r in RATES], minor=False)

@@ -41,7 +41,10 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("markers", f"{name}: paper checks of this kind or paper")
     try:
         config.stash[SETTINGS] = Settings(
-            config.getoption("budget"), config.getoption("seed"), config.getoption("suite_alpha"), config.getoption("device")
+            config.getoption("budget"),
+            config.getoption("seed"),
+            config.getoption("suite_alpha"),
+            config.getoption("device"),
         )
         claim_platform(config.getoption("device"))
         if config.getoption("device"):
@@ -115,7 +118,9 @@ class ClaimItem(pytest.Item):
         lines = [f"{self.claim.id} {headline}", f"  statement: {self.claim.statement}", f"  why: {run.reason}"]
         if run.outcome is not None:
             o = run.outcome
-            lines.append(f"  margin {o.margin:.3g}, tolerance {o.tolerance:.1g}, n {o.n}, witness {str(o.witness)[:400]}")
+            lines.append(
+                f"  margin {o.margin:.3g}, tolerance {o.tolerance:.1g}, n {o.n}, witness {str(o.witness)[:400]}"
+            )
             if o.counterexample:
                 lines += ["  counterexample:", *(f"    {row}" for row in o.counterexample.splitlines())]
         if run.error:
@@ -144,7 +149,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_report_header(config: pytest.Config) -> str:
     s = config.stash[SETTINGS]
-    return f"paper checks: budget {s.budget}, seed {s.seed}, suite alpha {s.suite_alpha:g}, device {s.device or 'default'}"
+    return (
+        f"paper checks: budget {s.budget}, seed {s.seed}, suite alpha {s.suite_alpha:g}, device {s.device or 'default'}"
+    )
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -163,7 +170,9 @@ def _results(terminalreporter: Any) -> list[Result]:
                     if name == "claim":
                         kept.setdefault(value["id"], []).append(run_from(value["run"]))
     results = [Result(registry.find(identifier), tuple(runs)) for identifier, runs in kept.items()]
-    return sorted(results, key=lambda r: (r.claim.paper, [int(d) for d in re.findall(r"\d+", r.claim.number)], r.claim.number))
+    return sorted(
+        results, key=lambda r: (r.claim.paper, [int(d) for d in re.findall(r"\d+", r.claim.number)], r.claim.number)
+    )
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

@@ -51,7 +51,9 @@ class Context:
         """`value` as the paper says, or the named falsified value when this run is that control."""
         known = {*self.claim.controls, *self.claim.repairs}
         if unknown := set(falsified) - known:
-            raise ClaimError(f"{self.claim.id}: ctx.pick names {sorted(unknown)}, which are no controls: {sorted(known)}")
+            raise ClaimError(
+                f"{self.claim.id}: ctx.pick names {sorted(unknown)}, which are no controls: {sorted(known)}"
+            )
         self.picked.update(falsified)
         return falsified.get(self.control, value) if self.control is not None else value
 
@@ -195,7 +197,9 @@ class Context:
             validity="proof" if result.proved else "finite-sample",
             note=note or f"{len(residuals)} residuals reduced to zero",
             witness=None if result.zero else {"residual": result.shown},
-            counterexample=None if result.zero else _replay_code(self.claim.id, self.control, {"residual": result.shown}),
+            counterexample=None
+            if result.zero
+            else _replay_code(self.claim.id, self.control, {"residual": result.shown}),
         )
 
     # -- statistical, rate, trained ------------------------------------------------------------------------------
@@ -240,7 +244,9 @@ class Context:
         k = jax.random.fold_in(self.key, 0x5A3E)
         return self._evidence(statistics.same_law(x, y, key=k, alpha=self.alpha))
 
-    def order(self, steps: Sequence[float], errors: Any, claimed: float, rivals: Sequence[float] | None = None) -> Outcome:
+    def order(
+        self, steps: Sequence[float], errors: Any, claimed: float, rivals: Sequence[float] | None = None
+    ) -> Outcome:
         """Errors (replicates, levels) fall with the claimed order of the step, and not with a neighbouring one."""
         slope = statistics.order(steps, errors, claimed=claimed, alpha=self.alpha, rivals=rivals)
         e = np.exp(np.log(np.asarray(errors, float)).mean(0))
@@ -252,7 +258,9 @@ class Context:
             style = "line" if name == "claimed" else "dashed"
             lines.append({"label": f"{name} order {q:g}", "x": h.tolist(), "y": y.tolist(), "style": style})
         return Outcome(
-            margin=slope.reach - abs(slope.order - claimed) if slope.verdict != "rival" else -abs(slope.order - claimed),
+            margin=slope.reach - abs(slope.order - claimed)
+            if slope.verdict != "rival"
+            else -abs(slope.order - claimed),
             n=int(np.size(errors)),
             resolution=slope.reach,
             validity="asymptotic",

@@ -372,7 +372,11 @@ def run_from(record: dict[str, Any]) -> Run:
 
 
 def run_claim(
-    claim: Claim, settings: Settings, store: Store | None = None, resume: bool = False, step: Callable[[], None] | None = None
+    claim: Claim,
+    settings: Settings,
+    store: Store | None = None,
+    resume: bool = False,
+    step: Callable[[], None] | None = None,
 ) -> Result:
     """Run a claim with its controls and repairs; `step` is called after each."""
     runs = []
@@ -472,7 +476,11 @@ def _commit() -> str | None:
         return None
     try:
         asked = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=here, capture_output=True, text=True, timeout=10
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            timeout=10,
         )
     except (OSError, subprocess.TimeoutExpired):
         return None

@@ -125,7 +125,11 @@ def _climber(violation: Callable[..., jax.Array], steps: int) -> Callable[..., A
             trials = jnp.where(jnp.isfinite(trials), trials, -jnp.inf)
             i = jnp.argmax(trials)
             better = trials[i] > v
-            return (jnp.where(better, x + h * directions[i], x), jnp.maximum(v, trials[i]), jnp.where(better, h, h / 2)), v
+            return (
+                jnp.where(better, x + h * directions[i], x),
+                jnp.maximum(v, trials[i]),
+                jnp.where(better, h, h / 2),
+            ), v
 
         (flat, value_at, _), _ = jax.lax.scan(polish, (flat, best[top], jnp.asarray(0.1, flat.dtype)), length=40)
         return best, eqx.combine(best_x, fixed), trace, value_at, eqx.combine(unravel(flat), rest)
@@ -413,7 +417,8 @@ def _in_single_precision(
 ) -> np.ndarray:
     def lower(tree: Any) -> Any:
         return jax.tree.map(
-            lambda a: np.asarray(a, np.float32) if np.issubdtype(np.asarray(a).dtype, np.floating) else np.asarray(a), tree
+            lambda a: np.asarray(a, np.float32) if np.issubdtype(np.asarray(a).dtype, np.floating) else np.asarray(a),
+            tree,
         )
 
     with enable_x64(False):

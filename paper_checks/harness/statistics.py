@@ -43,9 +43,7 @@ def _sample(x: object, name: str) -> np.ndarray:
     return a
 
 
-def mean(
-    x: object, expected: float, *, low: float, high: float, alpha: float, one_sided: bool = False
-) -> Evidence:
+def mean(x: object, expected: float, *, low: float, high: float, alpha: float, one_sided: bool = False) -> Evidence:
     """E[x] = expected for x in [low, high], by betting (Waudby-Smith and Ramdas 2024): exact at every n.
 
     Two gamblers bet on "above" and "below" with predictable plug-in stakes; the average of their capitals is
@@ -236,7 +234,9 @@ def order(
     if contains and excluded:
         return Slope(centre, half, drift, reach, shown, "claimed", words)
     if contains:
-        return Slope(centre, half, drift, reach, shown, "undecided", f"{words}: does not exclude the neighbouring orders")
+        return Slope(
+            centre, half, drift, reach, shown, "undecided", f"{words}: does not exclude the neighbouring orders"
+        )
     if approaching and half + 2 * drift > 0.25:
         return Slope(centre, half, drift, reach, shown, "undecided", f"{words}: not asymptotic yet")
     return Slope(centre, half, drift, reach, shown, "rival", f"{words}: excludes {claimed:g}")
@@ -254,7 +254,9 @@ class Advantage(NamedTuple):
 def paired(ours: Sequence[float], baseline: Sequence[float], *, alpha: float) -> Advantage:
     """Interval of the mean of ours - baseline, paired by seed (Student's t at level alpha: asymptotic)."""
     if np.shape(ours) != np.shape(baseline):
-        raise ValueError(f"paired: ours has shape {np.shape(ours)}, baseline {np.shape(baseline)}; one value a seed in each")
+        raise ValueError(
+            f"paired: ours has shape {np.shape(ours)}, baseline {np.shape(baseline)}; one value a seed in each"
+        )
     d = np.asarray(ours, float) - np.asarray(baseline, float)
     if d.ndim != 1 or d.size < 5:
         raise ValueError(f"paired: {d.size} pairs; a trained claim needs at least 5 seeds")

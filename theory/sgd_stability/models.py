@@ -15,9 +15,7 @@ PATH_NORM_CONSTANT = 1 / (2 * math.sqrt(2 * math.pi))
 # ---------------------------------------------------------------------------------- diagonal linear networks
 
 
-def diagonal_linear(
-    params: tuple[Float[Array, " d"], Float[Array, " d"]], x: Float[Array, " d"]
-) -> Float[Array, ""]:
+def diagonal_linear(params: tuple[Float[Array, " d"], Float[Array, " d"]], x: Float[Array, " d"]) -> Float[Array, ""]:
     """f(x; a, b) = <a∘b, x> for one input."""
     a, b = params
     return jnp.vdot(a * b, x)
@@ -66,9 +64,7 @@ def diagonal_sharpness(a: Float[Array, " d"], b: Float[Array, " d"]) -> Sharpnes
 # ----------------------------------------------------------------------------------- two-layer ReLU networks
 
 
-def two_layer_relu(
-    params: tuple[Float[Array, " m"], Float[Array, "m d"]], x: Float[Array, " d"]
-) -> Float[Array, ""]:
+def two_layer_relu(params: tuple[Float[Array, " m"], Float[Array, "m d"]], x: Float[Array, " d"]) -> Float[Array, ""]:
     """f(x; a, w) = Σ_j a_j max(w_jᵀx, 0) for one input; the derivative at a kink is 0."""
     a, w = params
     return a @ jax.nn.relu(w @ x)

@@ -88,9 +88,7 @@ def stability_quotient(
     return quotient(as_features(features), jnp.asarray(sigma), sampling.mean, sampling.noise)
 
 
-def spectral_radius(
-    features: Float[ArrayLike, "n p"], eta: ArrayLike, sampling: Sampling
-) -> Float[Array, ""]:
+def spectral_radius(features: Float[ArrayLike, "n p"], eta: ArrayLike, sampling: Sampling) -> Float[Array, ""]:
     """ρ(T) on range(H): at most 1 exactly when SGD with rate `eta` is mean-square stable.
 
     Dense, cost O(p⁶).  Raises ValueError if p > 32.

@@ -289,9 +289,7 @@ def _envelope(from_gram: bool, primals: tuple[Any, ...], tangents: tuple[Any, ..
         # Features that move K by d_matrix: dA = (dK - P dK/2) K⁺ A, P the projector on range(K).
         da = da - dot(jnp.where(co.keep, co.basis, 0), dot(co.basis.T, da)) / 2
         da = da * jnp.where(co.keep, jnp.sqrt(co.a.shape[0] / jnp.where(co.keep, co.lam, 1)), 0)
-    _, d_eta = jax.jvp(
-        lambda a, weights: quotient(a, sigma, *weights), (co.a, sampling), (da, d_sampling)
-    )
+    _, d_eta = jax.jvp(lambda a, weights: quotient(a, sigma, *weights), (co.a, sampling), (da, d_sampling))
     return eta, d_eta
 
 
