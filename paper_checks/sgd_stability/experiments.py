@@ -21,10 +21,13 @@ from theory import sgd_stability as ss
 from theory.training import risk, run_steps
 
 DIAGONAL_SEEDS, RELU_SEEDS = 8, 5
-ALMOST_SURE = 1.1
+ALMOST_SURE = 1.05
 """Allowance on eta/eta* and eta Tr G/2 of a single run: SGD can converge almost surely a few per cent above the mean-square
 threshold, where the expectation is already carried by rare excursions (Gaussian features: Lyapunov exponent -0.0045 at
-1.05 eta*).  Gradient descent exceeds the bounds five times or more."""
+1.05 eta*).  Gradient descent exceeds the bounds several times."""
+INTERPOLATED = 1e-6
+"""Risk at which H and G differ by the size of the residuals, 1e-3, well inside the allowance."""
+# Limits on r below were set after twelve suites: over all their seeds r ended at 1.36 at most (E3) and 1.21 (T15).
 CLIP = 50.0  # inactive near convergence; without it large rates leave the initialisation in the first steps
 SUBSTITUTE = (
     "Data are synthetic, as in the paper; sizes, rates and steps are those of a public reproduction of its experiments."
@@ -40,8 +43,9 @@ class Trained(NamedTuple):
     frobenius: jax.Array
     lambda_max: jax.Array
     norm: jax.Array  # l1 norm of beta, or path norm
-    ratio: jax.Array  # eta / eta*
+    ratio: jax.Array  # eta / (lower bound of eta*)
     balance: jax.Array  # r for diagonal networks; Tr G over its population value for ReLU networks
+    start_balance: jax.Array  # r of the initialisation; 1 for ReLU networks
 
 
 class Setting(NamedTuple):
@@ -54,11 +58,11 @@ class Setting(NamedTuple):
 
 
 DIAGONAL = {
-    "quick": Setting(60, 200, 0, (0.02, 0.06, 0.12), 60_000, 3_000),
+    "quick": Setting(60, 200, 0, (0.02, 0.05, 0.12), 150_000, 6_000),
     "standard": Setting(300, 1000, 0, (0.004, 0.0158, 0.0631), 200_000, 20_000),
 }
 RELU = {
-    "quick": Setting(60, 20, 50, (1e-3, 2e-3, 4e-3), 60_000, 4_000),
+    "quick": Setting(60, 20, 50, (1e-3, 2e-3, 3e-3), 60_000, 4_000),
     "standard": Setting(300, 100, 100, (5e-4, 1e-3, 2e-3, 4e-3), 400_000, 20_000),
 }
 
@@ -67,11 +71,11 @@ def setting(table: dict[str, Setting], budget: str) -> Setting:
     return table.get(budget, table["standard"])
 
 
-def _diagonal_figures(params: Any, x: jax.Array, beta: jax.Array, rate: jax.Array) -> Trained:
+def _diagonal_figures(params: Any, start: Any, x: jax.Array, beta: jax.Array, rate: jax.Array) -> Trained:
     a, b = params
     gram = (x * (a**2 + b**2)) @ x.T / x.shape[0]
     measures = ss.sharpness(gram)
-    eta = ss.stability_threshold_from_gram(gram, ss.with_replacement(1)).eta
+    eta = ss.stability_threshold_from_gram(gram, ss.with_replacement(1)).lower  # certified, hence the safe side
     return Trained(
         risk(ss.diagonal_linear, params, x, x @ beta),
         jnp.sum((a * b - beta) ** 2) / 6,  # half the mean squared error: E x_j^2 = 1/3
@@ -81,6 +85,7 @@ def _diagonal_figures(params: Any, x: jax.Array, beta: jax.Array, rate: jax.Arra
         jnp.abs(a * b).sum(),
         rate / eta,
         ss.balancedness(a, b),
+        ss.balancedness(*start),
     )
 
 
@@ -104,7 +109,7 @@ def train_diagonal(
             start = a, (ratio + jnp.sqrt(ratio**2 - 1)) * b
         y = x @ beta
         params = run_steps(ss.diagonal_linear, start, x, y, k_steps, rate, steps=steps, batch=batch, clip=CLIP)
-        return _diagonal_figures(params, x, beta, rate)
+        return _diagonal_figures(params, start, x, beta, rate)
 
     arms = jax.vmap(one, (None, 0, None if ratios is None else 0))
     return jax.vmap(arms, (0, None, None))(jax.random.split(key, DIAGONAL_SEEDS), rates, ratios)
@@ -140,7 +145,7 @@ def train_relu(key: jax.Array, rates: jax.Array, *, n: int, d: int, m: int, step
         params = run_steps(ss.two_layer_relu, start, x, y, k_steps, rate, steps=steps, batch=batch, clip=2 * CLIP)
         gram = ss.gram_matrix(ss.two_layer_relu, params, x)
         measures = ss.sharpness(gram)
-        eta = ss.stability_threshold_from_gram(gram, ss.with_replacement(1)).eta
+        eta = ss.stability_threshold_from_gram(gram, ss.with_replacement(1)).lower  # certified, hence the safe side
         return Trained(
             risk(ss.two_layer_relu, params, x, y),
             risk(ss.two_layer_relu, params, test, y_test),
@@ -150,6 +155,7 @@ def train_relu(key: jax.Array, rates: jax.Array, *, n: int, d: int, m: int, step
             ss.path_norm(*params),
             rate / eta,
             measures.trace / ss.relu_trace_population(*params),
+            jnp.ones(()),
         )
 
     return jax.vmap(jax.vmap(one, (None, 0)), (0, None))(jax.random.split(key, RELU_SEEDS), rates)
@@ -186,29 +192,44 @@ def _slack(bound: float, values: jax.Array) -> float:
     return 1 - float(np.max(np.asarray(values))) / bound
 
 
+def _fall(values: jax.Array) -> jax.Array:
+    """log(value at the smallest rate / value at the largest), one a seed."""
+    return jnp.log(values[:, 0] / values[:, -1])
+
+
+def _at_least(bound: float, values: jax.Array) -> float:
+    """By how much the smallest value exceeds the bound."""
+    return float(jnp.min(values)) - bound
+
+
 @claim(
     PAPER,
     "T14",
-    r"The trace at the minimum that SGD finds falls as the learning rate grows, while that of gradient descent stays flat.",
-    title="SGD's trace falls with the learning rate, gradient descent's does not",
+    r"At the minima that SGD finds, $\operatorname{Tr}G$ stays below $2/\eta$ and falls as $\eta$ grows, $\|G\|_F$ falls less, "
+    r"and the test error falls; for gradient descent all three stay flat.",
+    title="SGD's sharpness and test error fall with the learning rate, gradient descent's do not",
     kind="trained",
     controls={"gd": "gradient descent in the place of SGD"},
-    regime="diagonal linear network, several seeds, learning rates at which both converge",
+    regime="diagonal linear network, eight seeds, learning rates at which both converge; every seed must show it",
     source="Seen in the paper's experiments, as reproduced publicly. " + SUBSTITUTE,
     blind_spot="One architecture; E2 has the other.",
 )
 def trace_follows_learning_rate(ctx: Context) -> Outcome:
     s, ours = diagonal_runs(ctx, ctx.pick("sgd", gd="gd"))
     _, gd = diagonal_runs(ctx, "gd")
-
-    def fall(t: Trained) -> np.ndarray:
-        return np.log(np.asarray(t.trace[:, 0] / t.trace[:, -1]))
-
-    # Twice as steep at least: the trace halves at SGD's minimum when gradient descent's does not move.
-    return ctx.better(
-        fall(ours).tolist(),
-        fall(gd).tolist(),
-        by=math.log(2),
+    rates, flat = jnp.array(s.rates), 0.2
+    return ctx.cases(
+        {
+            "SGD: the trace falls by half at least": _at_least(math.log(2), _fall(ours.trace)),
+            "SGD: the Frobenius norm falls": _at_least(0.0, _fall(ours.frobenius)),
+            "SGD: the Frobenius norm falls less than the trace": _at_least(0.0, _fall(ours.trace / ours.frobenius)),
+            "SGD: the test error falls by half at least": _at_least(math.log(2), _fall(ours.test)),
+            "SGD: eta Tr G <= 2, with allowance": _slack(2 * ALMOST_SURE, rates * ours.trace),
+            "gradient descent: trace within 20 %": _slack(flat, jnp.abs(_fall(gd.trace))),
+            "gradient descent: Frobenius norm within 20 %": _slack(flat, jnp.abs(_fall(gd.frobenius))),
+            "gradient descent: test error within 20 %": _slack(flat, jnp.abs(_fall(gd.test))),
+        },
+        note=_table(s, ours),
         figure=_trace_figure(s.rates, {"SGD": ours.trace, "GD": gd.trace}, "Trace of G at the minimum found"),
     )
 
@@ -216,34 +237,39 @@ def trace_follows_learning_rate(ctx: Context) -> Outcome:
 @claim(
     PAPER,
     "T15",
-    r"SGD balances a diagonal linear network, $r(\theta_T)\to1$ whatever $r(\theta_0)$; gradient descent keeps $r$.",
+    r"At a large learning rate SGD balances a diagonal linear network, $r(\theta_T)\to1$; gradient descent does not lower $r$.",
     title="SGD balances the factors",
     kind="trained",
     controls={"gd": "gradient descent in the place of SGD"},
-    regime="diagonal linear network, N(0, 1) initialisation (r = 1.9), several seeds, the largest learning rate of E1",
+    regime="diagonal linear network, N(0, 1) initialisation (r about 1.6), eight seeds, the largest learning rate of E1",
     source="Seen in the paper's experiments, as reproduced publicly. " + SUBSTITUTE,
-    blind_spot="How fast r falls with the learning rate; E3 varies the initial r.",
+    blind_spot="At the smallest learning rate SGD leaves r near 2; E3 varies the initial r.",
 )
 def sgd_balances(ctx: Context) -> Outcome:
     _, ours = diagonal_runs(ctx, ctx.pick("sgd", gd="gd"))
     _, gd = diagonal_runs(ctx, "gd")
-
-    def log_r(t: Trained) -> list[float]:
-        return np.log(np.asarray(t.balance[:, -1])).tolist()
-
-    # r falls from 1.9 to 1, a factor of 1.9; gradient descent leaves it, a factor of 1.
-    return ctx.better(log_r(gd), log_r(ours), by=math.log(1.2))
+    return ctx.cases(
+        {
+            "SGD: r at the end is at most 1.35": _slack(1.35, ours.balance[:, -1]),
+            "SGD: r falls": _at_least(0.0, jnp.log(ours.start_balance / ours.balance)[:, -1]),
+            "gradient descent: r does not fall": _at_least(-1e-3, jnp.log(gd.balance / gd.start_balance)[:, -1]),
+        },
+        our_value=float(jnp.mean(ours.balance[:, -1])),
+        paper_value=1.0,
+        note=f"mean r: start {float(ours.start_balance.mean()):.2f}, end {float(ours.balance[:, -1].mean()):.3f}",
+    )
 
 
 @claim(
     PAPER,
     "E1",
     r"Diagonal linear network, batch size 1: at every learning rate SGD ends at an interpolating minimum with "
-    r"$\operatorname{Tr}G\le2/\eta$, $\eta\le\eta^*$ and $\|\beta\|_1\le3/\eta$ ($m_2=1/3$).",
+    r"$\operatorname{Tr}G\le2/\eta$, $\eta\le\eta^*$ and $\|\beta\|_1\le3/\eta$ ($m_2=1/3$); checked with an allowance of 5 %, "
+    r"10 % for the last.",
     title="Diagonal linear network: SGD ends below its bounds",
     kind="trained",
     controls={"gd": "gradient descent in the place of SGD"},
-    regime="quick: d = 200, n = 60; standard: d = 1000, n = 300; N(0, 1) initialisation, gradient clipped at 50, several seeds",
+    regime="quick: d = 200, n = 60; standard: d = 1000, n = 300; N(0, 1) initialisation, gradient clipped at 50, eight seeds",
     source="Experiment of the paper, settings of a public reproduction.",
     blind_spot="A single run below the exact threshold proves nothing about the mean square, and conversely.",
 )
@@ -252,10 +278,10 @@ def diagonal_experiment(ctx: Context) -> Outcome:
     rates = jnp.array(s.rates)
     return ctx.cases(
         {
-            "interpolation: risk below 1e-5": _slack(1e-5, t.risk),
-            "trace bound, with allowance: eta Tr G <= 2.2": _slack(2 * ALMOST_SURE, rates * t.trace),
-            "exact threshold, with allowance: eta <= 1.1 eta*": _slack(ALMOST_SURE, t.ratio),
-            "l1 bound, with allowance: eta |beta|_1 <= 3.3": _slack(3 * ALMOST_SURE, rates * t.norm),
+            "interpolation: risk below 1e-6": _slack(INTERPOLATED, t.risk),
+            "trace bound, with allowance: eta Tr G <= 2.1": _slack(2 * ALMOST_SURE, rates * t.trace),
+            "exact threshold, with allowance: eta <= 1.05 eta*": _slack(ALMOST_SURE, t.ratio),
+            "l1 bound, 10 % for empirical moments: eta |beta|_1 <= 3.3": _slack(3.3, rates * t.norm),
         },
         note=_table(s, t),
         figure=_trace_figure(s.rates, {"found": t.trace}, "Trace of G at the minimum found"),
@@ -266,12 +292,13 @@ def diagonal_experiment(ctx: Context) -> Outcome:
     PAPER,
     "E2",
     r"Two-layer ReLU network, batch size 1: SGD ends at an interpolating minimum with $\operatorname{Tr}G\le2/\eta$, "
-    r"$\eta\le\eta^*$ and $\|\theta\|_{\mathcal P}\le\frac{2}{\sqrt d\,\eta}$ (up to the empirical trace ratio).",
+    r"$\eta\le\eta^*$ and $\|\theta\|_{\mathcal P}\le\frac{2}{\sqrt d\,\eta}$ (up to the empirical trace ratio); checked "
+    r"with an allowance of 5 %.",
     title="Two-layer ReLU network: SGD ends below its bounds",
     kind="trained",
     controls={"gd": "gradient descent, at sqrt(d) times the rate, in the place of SGD"},
     regime="quick: d = 20, m = 50, n = 60; standard: d = m = 100, n = 300; inputs on the sphere, teacher of ten neurons, "
-    "several seeds",
+    "five seeds",
     source="Experiment of the paper, settings of a public reproduction.",
 )
 def relu_experiment(ctx: Context) -> Outcome:
@@ -282,9 +309,9 @@ def relu_experiment(ctx: Context) -> Outcome:
     t = train_relu(ctx.key, rates, n=s.n, d=s.d, m=s.m, steps=steps, batch=batch)
     return ctx.cases(
         {
-            "interpolation: risk below 1e-5": _slack(1e-5, t.risk),
-            "trace bound, with allowance: eta Tr G <= 2.2": _slack(2 * ALMOST_SURE, rates * t.trace),
-            "exact threshold, with allowance: eta <= 1.1 eta*": _slack(ALMOST_SURE, t.ratio),
+            "interpolation: risk below 1e-6": _slack(INTERPOLATED, t.risk),
+            "trace bound, with allowance: eta Tr G <= 2.1": _slack(2 * ALMOST_SURE, rates * t.trace),
+            "exact threshold, with allowance: eta <= 1.05 eta*": _slack(ALMOST_SURE, t.ratio),
             "path-norm bound, with allowance": _slack(2 * ALMOST_SURE, rates * math.sqrt(s.d) * t.norm * t.balance),
         },
         note=_table(s._replace(rates=tuple(float(r) for r in rates)), t),
@@ -303,7 +330,7 @@ BALANCING_RATE = {"quick": 0.12, "standard": 0.126}
     title="Balancing from five initialisations",
     kind="trained",
     controls={"gd": "gradient descent in the place of SGD"},
-    regime="diagonal linear network, a_j ~ N(0, 0.1), b_j = c s_j a_j, several seeds, learning rate 0.12 (d = 200) or 0.126 "
+    regime="diagonal linear network, a_j ~ N(0, 0.1), b_j = c s_j a_j, eight seeds, learning rate 0.12 (d = 200) or 0.126 "
     "(d = 1000); at the rate 0.05 of the reproduction SGD stops at r between 1.5 and 2 for d = 1000",
     source="Experiment of the paper, settings of a public reproduction except for the learning rate.",
     blind_spot="Gradient descent conserves a^2 - b^2 but shrinks beta, so that its r grows rather than stays.",
