@@ -2,7 +2,7 @@
 # PYTHON=/path/to/python chooses the interpreter; ARGS="..." is handed to pytest or to the paper checks.
 
 help:
-	@echo "make check    build .venv if needed, run the paper checks at the quick budget, write reports/quick"
+	@echo "make check    build .venv if needed, run the paper checks at the quick budget, write reports/report.html"
 	@echo "make test     build .venv if needed, run the unit tests and the quick paper checks"
 	@echo "make lint     ruff: lint and format"
 	@echo "make types    mypy on the packages"
@@ -18,7 +18,7 @@ environment-b:
 	@sh tools/environment.sh b
 
 check: environment
-	.venv/bin/python -m paper_checks run --budget quick --report reports/quick $(ARGS)
+	.venv/bin/python -m paper_checks run --budget quick $(ARGS)
 
 test: environment
 	.venv/bin/python -m pytest tests paper_checks -q -rs $(ARGS)

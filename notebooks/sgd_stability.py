@@ -99,12 +99,12 @@ for name, f in found.items():
 # %% [markdown]
 # ## What the picture says
 #
-# A minimum is stable for SGD when the learning rate used (black diagonal) lies below its exact threshold (line with dots).  The
-# stated trace bound $2/\operatorname{Tr}H$ is an upper bound of the threshold and lies about ten per cent above it; the
-# alignment (Frobenius) bound is looser.  SGD ends inside its threshold at every learning rate; the larger the rate, the flatter the
-# minimum, and the smaller the test error.  Gradient descent, free to use its own limit $2/\lambda_{\max}$, stays at minima at
-# which SGD could not stay (beyond a rate of 0.0022), and its test error does not move.  The band is what the norms of the
-# gradients alone say.
+# A minimum is stable for SGD when the learning rate used (black diagonal) lies below its exact threshold (line with
+# dots).  The stated trace bound $2/\operatorname{Tr}H$ is an upper bound of the threshold and lies about ten per cent
+# above it; the alignment (Frobenius) bound is looser.  SGD ends inside its threshold at every learning rate; the
+# larger the rate, the flatter the minimum, and the smaller the test error.  Gradient descent, free to use its own
+# limit $2/\lambda_{\max}$, stays at minima at which SGD could not stay (beyond a rate of 0.0022), and its test error
+# does not move.  The band is what the norms of the gradients alone say.
 
 # %%
 figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")

@@ -46,7 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         errors.print(Text(f"paper-checks: {problem}", style="red"))
         return 2
     except OSError as problem:
-        errors.print(Text(f"paper-checks: {problem}; nothing half-written was left", style="red"))
+        words = problem.strerror or str(problem)
+        what = f"{problem.filename}: {words}" if problem.filename else words
+        errors.print(Text(f"paper-checks: {what}", style="red"))
         return 2
     except KeyboardInterrupt:
         errors.print("paper-checks: interrupted")
@@ -158,9 +160,7 @@ def _run(options: argparse.Namespace, out: Console) -> int:
     )
     report.ensure_writable(options.report)
     if options.json is not None:
-        report.ensure_writable(options.json.parent)
-        if options.json.is_dir():
-            raise IsADirectoryError(f"--json {options.json} is a folder; give the name of a file")
+        _check_file(options.json)
     store = Store(options.report, settings)
     out.print(
         f"{len(claims)} claims, budget {settings.budget}, seed {settings.seed}, device {device.platform}, "
@@ -179,11 +179,8 @@ def _run(options: argparse.Namespace, out: Console) -> int:
                 progress.console.print(_line(result))
     except KeyboardInterrupt:
         interrupted = True
-    made = document(results, settings, complete=not interrupted)
-    if options.json is not None:
-        report.write_json(made, options.json)
-    page = report.write_report(made, options.report)
-    out.print(_summary(results))
+    if results:
+        out.print(_summary(results))
     if interrupted:
         out.print(
             f"[yellow]interrupted after {len(results)} of {len(claims)} claims; repeat with --resume to continue[/]"
@@ -194,15 +191,45 @@ def _run(options: argparse.Namespace, out: Console) -> int:
         for run in r.runs:
             if run.error:
                 out.print(Text(textwrap.indent(run.error.rstrip(), "    "), style="dim"))
-    out.print(f"report: {page}")
+    if not results:
+        out.print("no claim was finished, so no report was written")
+        return 130
+    shown = _write(document(results, settings, complete=not interrupted), options, [c.id for c in claims], out)
     if interrupted:
         return 130
-    return 1 if bad else 0
+    return 0 if shown and not bad else 1
+
+
+def _check_file(path: Path) -> None:
+    """Raise OSError if `--json path` cannot be written, before anything runs."""
+    if not path.parent.is_dir():
+        what = "is not a folder" if path.parent.exists() else "does not exist; create it first"
+        raise NotADirectoryError(f"--json {path}: the folder {path.parent} {what}")
+    if path.exists() and not path.is_file():
+        what = "is a folder" if path.is_dir() else "is not a regular file"
+        raise OSError(f"--json {path} {what}; give the name of a file")
+    report.ensure_writable(path.parent)
+
+
+def _write(made: report.Document, options: argparse.Namespace, selected: Sequence[str], out: Console) -> bool:
+    """Write the documents and the page and say where; False if the page could not be made."""
+    if options.json is not None:
+        report.write_json(made, options.json)
+    whole, sentence = report.joined(made, options.report, selected)
+    if sentence:
+        out.print(Text(sentence))
+    try:
+        out.print(f"report: {report.write_report(whole, options.report)}")
+    except ValueError as problem:
+        out.print(Text(f"no page could be made: {problem}", style="red"))
+        out.print(Text(f"{options.report / 'report.json'} holds the results as they are; report.html was not written"))
+        return False
+    return True
 
 
 def _line(result: Result) -> Text:
     o = result.outcome
-    measured = "" if o is None else f"margin {o.margin:+.2e}"
+    measured = "" if o is None else f"margin {o.margin + 0.0:+.2e}"  # + 0.0: no "-0"
     if o is not None and o.tightness is not None:
         measured += f"  tightness {o.tightness:.4f}"
     if o is None and result.verdict is not Verdict.ERROR:
@@ -281,7 +308,7 @@ def _show(options: argparse.Namespace, out: Console) -> int:
     for run in entry["runs"]:
         outcome = run["outcome"] or {}
         margin = outcome.get("margin")
-        measured = "" if margin is None else f"margin {margin:+.3g}"
+        measured = "" if margin is None else f"margin {margin + 0.0:+.3g}"
         out.print(f"  {run['name'] or 'the claim':20} {run['verdict']:14} {measured}")
         if run["role"] == "claim" and outcome.get("counterexample"):
             out.print(Syntax(outcome["counterexample"], "python", background_color="default"))

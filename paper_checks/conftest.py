@@ -1,14 +1,14 @@
 """pytest glue: every claim and every control of it is one item.
 
 `pytest paper_checks -k T2`, `-m bound`, `-m sgd_stability`, `-n 2` and the like work as anywhere; the options added here are
-`--budget`, `--device`, `--seed`, `--suite-alpha` and `--report`.
+`--claim`, `--budget`, `--device`, `--seed`, `--suite-alpha` and `--report`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -20,12 +20,21 @@ from paper_checks.harness.numerics import DeviceError, claim_platform, find_devi
 from paper_checks.harness.runner import Result, Run, Settings, Store, document, run_from, run_item
 
 HERE = Path(__file__).parent
-RESULTS = pytest.StashKey[dict[str, list[Run]]]()
+RESULTS = pytest.StashKey["Results"]()
 SETTINGS = pytest.StashKey[Settings]()
+CHOSEN = pytest.StashKey[frozenset[str]]()
+"""Ids of the claims named by `--claim`; empty: all of them."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("paper checks")
+    group.addoption(
+        "--claim",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="only this claim, paper:number, or paper (repeatable)",
+    )
     group.addoption("--budget", default="quick", choices=list(EFFORT), help="how hard to search and sample")
     group.addoption("--seed", default=0, type=int, help="seed of every random stream of the suite")
     group.addoption("--device", default=None, choices=["cpu", "gpu"], help="where checks run (default: JAX's choice)")
@@ -36,7 +45,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[RESULTS] = {}
+    config.stash[RESULTS] = Results(config)
+    config.pluginmanager.register(config.stash[RESULTS], "paper-check-results")
     for name in (*get_args(Kind), "control", "unchecked", *registry.stems()):
         config.addinivalue_line("markers", f"{name}: paper checks of this kind or paper")
     try:
@@ -49,9 +59,13 @@ def pytest_configure(config: pytest.Config) -> None:
         claim_platform(config.getoption("device"))
         if config.getoption("device"):
             find_device(config.getoption("device"))
+        names = config.getoption("claim")
+        config.stash[CHOSEN] = frozenset(c.id for c in registry.select(names)) if names else frozenset()
         if config.getoption("report"):
             report.ensure_writable(Path(config.getoption("report")))
-    except (ValueError, DeviceError, OSError) as error:
+    except OSError as error:
+        raise pytest.UsageError(error.strerror or str(error)) from error
+    except (ValueError, DeviceError, registry.UnknownClaimError) as error:
         raise pytest.UsageError(str(error)) from error
 
 
@@ -98,7 +112,10 @@ class ClaimItem(pytest.Item):
         settings = self.config.stash[SETTINGS]
         run = run_item(self.claim, self.role, self.control, settings)
         if folder := self.config.getoption("report"):
-            Store(Path(folder), settings).put(self.claim, run)
+            try:
+                Store(Path(folder), settings).put(self.claim, run)
+            except OSError as problem:  # found usable at the start; a disk may fill up meanwhile
+                self.user_properties.append(("unusable folder", problem.strerror or str(problem)))
         # A plain dict: with pytest-xdist it travels from the worker to the controller.
         self.user_properties.append(("claim", {"id": self.claim.id, "run": report.sanitize(dataclasses.asdict(run))}))
         if run.outcome is None and run.error is None:
@@ -112,8 +129,8 @@ class ClaimItem(pytest.Item):
         run: Run = excinfo.value.args[0]
         headline = {
             "claim": f"expected {self.claim.expect}, found {run.verdict}",
-            "control": f"NEGATIVE CONTROL NOT CAUGHT ({self.claim.controls.get(self.control or '')})",
-            "repair": f"REPAIRED VERSION REJECTED ({self.claim.repairs.get(self.control or '')})",
+            "control": f"NEGATIVE CONTROL {_became(run, 'NOT CAUGHT')} ({self.claim.controls.get(self.control or '')})",
+            "repair": f"REPAIRED VERSION {_became(run, 'REJECTED')} ({self.claim.repairs.get(self.control or '')})",
         }[self.role]
         lines = [f"{self.claim.id} {headline}", f"  statement: {self.claim.statement}", f"  why: {run.reason}"]
         if run.outcome is not None:
@@ -134,17 +151,22 @@ class ClaimItem(pytest.Item):
         return self.path, 0, self.claim.id + (f"[{self.control}]" if self.control else "")
 
 
+def _became(run: Run, otherwise: str) -> str:
+    """What became of a control or repair that did not end as it must."""
+    return {Verdict.ERROR: "RAISED AN ERROR", Verdict.INCONCLUSIVE: "NOT DECIDED"}.get(run.verdict, otherwise)
+
+
 def _as_recorded(claim: Claim, run: Run) -> bool:
     if run.role != "claim":
         return bool(run.caught)
     return run.verdict in (REJECTED if claim.expect == "refuted" else ACCEPTED)
 
 
-@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    # After deselection: fewer selected claims share the same false-alarm budget.
-    random = sum(isinstance(i, ClaimItem) and i.role == "claim" and i.claim.on_ledger for i in items)
-    config.stash[SETTINGS] = dataclasses.replace(config.stash[SETTINGS], items=max(1, random))
+    if chosen := config.stash[CHOSEN]:
+        kept = [i for i in items if isinstance(i, ClaimItem) and i.claim.id in chosen]
+        config.hook.pytest_deselected(items=[i for i in items if i not in set(kept)])
+        items[:] = kept
 
 
 def pytest_report_header(config: pytest.Config) -> str:
@@ -154,47 +176,113 @@ def pytest_report_header(config: pytest.Config) -> str:
     )
 
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    # What no single item can see, a tolerance too close to a control's violation for example, fails the run too.
-    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-    if session.exitstatus == pytest.ExitCode.OK and reporter is not None and not all(r.ok for r in _results(reporter)):
-        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+class Results:
+    """The plugin that keeps what items found, in the process that shows it, and draws the conclusions at the end."""
 
+    def __init__(self, config: pytest.Config):
+        self.config = config
+        self.worker = hasattr(config, "workerinput")  # of pytest-xdist: it sees a part, its controller the whole
+        self.selected: dict[str, str] = {}  # nodes of claims, controls and repairs: the claim's id
+        self.finished: set[str] = set()
+        self.runs: dict[str, dict[str | None, Run]] = {}
+        self.items: dict[str, tuple[str, tuple[str, int | None, str]]] = {}
+        self.failed: set[str] = set()
+        self.said: list[str] = []
+        self.unusable = ""
 
-def _results(terminalreporter: Any) -> list[Result]:
-    kept: dict[str, list[Run]] = {}
-    for reports in terminalreporter.stats.values():
-        for one in reports:
-            if getattr(one, "when", None) in ("call", "setup"):
-                for name, value in getattr(one, "user_properties", []):
-                    if name == "claim":
-                        kept.setdefault(value["id"], []).append(run_from(value["run"]))
-    results = [Result(registry.find(identifier), tuple(runs)) for identifier, runs in kept.items()]
-    return sorted(
-        results, key=lambda r: (r.claim.paper, [int(d) for d in re.findall(r"\d+", r.claim.number)], r.claim.number)
-    )
+    def select(self, identifiers: Iterable[str]) -> None:
+        """Keep which items of claims are to be run."""
+        for identifier in identifiers:
+            path, _, name = identifier.partition("::")
+            stem = _stem(self.config.rootpath / path)
+            if stem in registry.stems():
+                self.selected[identifier] = f"{stem}:{name.split('[')[0]}"
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, ids: list[str]) -> None:
+        self.select(ids)
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        # After deselection: fewer selected claims share the same false-alarm budget.
+        random = sum(isinstance(i, ClaimItem) and i.role == "claim" and i.claim.on_ledger for i in items)
+        self.config.stash[SETTINGS] = dataclasses.replace(self.config.stash[SETTINGS], items=max(1, random))
+        self.select(i.nodeid for i in items if isinstance(i, ClaimItem))
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when != "call":
+            return
+        for name, value in report.user_properties:
+            if name == "claim" and isinstance(value, dict):
+                run = run_from(value["run"])
+                self.runs.setdefault(value["id"], {})[run.name] = run
+                self.finished.add(report.nodeid)
+                if report.failed:
+                    self.failed.add(value["id"])
+                if run.role == "claim" or value["id"] not in self.items:
+                    self.items[value["id"]] = report.nodeid, report.location
+            elif name == "unusable folder":
+                self.unusable = str(value)
+
+    def results(self) -> list[Result]:
+        """What was found of each claim, in the order of papers and numbers."""
+        made = [Result(registry.find(identifier), tuple(runs.values())) for identifier, runs in self.runs.items()]
+        return sorted(
+            made, key=lambda r: (r.claim.paper, [int(d) for d in re.findall(r"\d+", r.claim.number)], r.claim.number)
+        )
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        results = self.results()
+        if self.worker or not results:
+            return
+        # What no single item can see, a tolerance too close to a control's violation for example, fails the run too,
+        # as a failure of the claim's own item, so that whatever counts or lists failures has it.
+        for r in results:
+            if not r.ok and r.claim.id not in self.failed:
+                where, location = self.items[r.claim.id]
+                words = f"{r.claim.id}: {r.reason}\n(seen in the claim and its controls together)"
+                made = pytest.TestReport(where, location, {}, "failed", words, "call")
+                self.config.hook.pytest_runtest_logreport(report=made)
+                if session.exitstatus == pytest.ExitCode.OK:
+                    session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        folder = self.config.getoption("report")
+        if folder and not self.unusable:
+            self._write(results, Path(folder))
+        if self.unusable:
+            session.exitstatus = pytest.ExitCode.USAGE_ERROR
+
+    def _write(self, results: list[Result], folder: Path) -> None:
+        settings = self.config.stash[SETTINGS]
+        level = results[0].runs[0].alpha  # the controller of parallel workers does not know how many claims share it
+        settings = dataclasses.replace(settings, items=round(settings.suite_alpha / level))
+        made = document(results, settings, complete=self.finished.issuperset(self.selected))
+        try:
+            whole, sentence = report.joined(made, folder, set(self.selected.values()))
+            self.said += [sentence] if sentence else []
+            self.said.append(f"report: {report.write_report(whole, folder)}")
+        except OSError as problem:
+            self.unusable = problem.strerror or str(problem)
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    results = _results(terminalreporter)
-    if not results:
+    found = config.stash[RESULTS]
+    results = found.results()
+    if not results or found.worker:
         return
     terminalreporter.section("paper claims")
     for r in results:
         o = r.outcome
-        measured = "" if o is None else f"margin {o.margin:+.2e}"
+        measured = "" if o is None else f"margin {o.margin + 0.0:+.2e}"  # + 0.0: no "-0"
         tight = "" if o is None or o.tightness is None else f"tightness {o.tightness:.4f}"
         controls = f"{sum(bool(c.caught) for c in r.controls.values())}/{len(r.claim.controls)} controls caught"
         if r.verdict in (Verdict.NOT_CHECKABLE, Verdict.INCONCLUSIVE) and o is None:
             measured, controls = r.reason, ""
         line = f"{r.claim.id:24s} {r.claim.kind:11s} {r.verdict:14s} {measured:18s} {tight:17s} {controls} {r.seconds:.1f}s"
         terminalreporter.write_line(line, red=not r.ok, green=r.ok and o is not None)
+    for r in results:
         if not r.ok:
-            terminalreporter.write_line(f"    {r.reason}", red=True)
-    folder = config.getoption("report")
-    if folder and not hasattr(config, "workerinput"):
-        random = sum(r.claim.on_ledger for r in results)
-        settings = dataclasses.replace(config.stash[SETTINGS], items=max(1, random))
-        finished = all(len(r.runs) == len(r.claim.items()) for r in results)
-        where = report.write_report(document(results, settings, complete=finished), Path(folder))
-        terminalreporter.write_line(f"report: {where}")
+            terminalreporter.write_line(f"FAILED {r.claim.id}: {r.reason}", red=True)
+    for sentence in found.said:
+        terminalreporter.write_line(sentence)
+    if found.unusable:
+        terminalreporter.write_line(f"the report folder is unusable: {found.unusable}; choose another one", red=True)

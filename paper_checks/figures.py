@@ -52,6 +52,7 @@ _RC: Any = {  # Any: matplotlib types its settings key by key
     "grid.color": HAIRLINE,
     "grid.linewidth": 0.6,
     "axes.unicode_minus": True,
+    "axes.formatter.useoffset": False,  # ticks say what they stand at
 }
 
 
@@ -105,7 +106,8 @@ def overview(claims: Sequence[Mapping[str, Any]]) -> Figure:
     `claims` are claim records of the report document.  Left: tightness on an axis from 0 to 1 (a claim above 1
     is drawn at the edge with its value).  Right: margins on a symmetric logarithmic axis; the claim is a filled
     circle, a control a cross, a repair a triangle, so that controls are seen to fall on the other side of
-    zero.  A grey band reaches from zero to minus the resolution of a random claim: what it cannot tell from zero.
+    zero.  A grey band reaches from zero to minus the claim's tolerance, or the resolution of a random claim: what
+    cannot be told from zero.  Margins within their tolerance do not count for how far the axis resolves zero.
     A claim without one of the numbers has an empty row there; if no claim has a tightness, the left side is left
     out.  Margins are in each claim's own units.
     """
@@ -127,7 +129,7 @@ def overview(claims: Sequence[Mapping[str, Any]]) -> Figure:
         _margins(right, claims)
         handles, labels = right.get_legend_handles_labels()
         if handles:
-            figure.legend(handles, labels, loc="outside lower right", ncols=4, handletextpad=0.2)
+            figure.legend(handles, labels, loc="outside lower right", ncols=4, handletextpad=0.5)
         return figure
 
 
@@ -244,6 +246,9 @@ def _tightness(axes: Axes, claims: Sequence[Mapping[str, Any]]) -> None:
         axes.text(place, row, text, va="center", ha=align, fontsize=7.5)
 
 
+_BANDS = ("tolerance", "resolution")
+
+
 def _margins(axes: Axes, claims: Sequence[Mapping[str, Any]]) -> None:
     kinds: tuple[tuple[str, str, dict[str, Any]], ...] = (  # role, legend, look; drawn in this order, the claim on top
         ("control", "negative control", {"marker": "x", "color": PALETTE[1], "s": 30, "linewidths": 1.5}),
@@ -251,29 +256,33 @@ def _margins(axes: Axes, claims: Sequence[Mapping[str, Any]]) -> None:
         ("claim", "claim", {"marker": "o", "color": PALETTE[0], "s": 32}),
     )
     everything: list[float] = []
+    telling: list[float] = []  # sizes that the axis must resolve
     for role, legend, look in kinds:
         points = [
-            (value, row)
+            (value, row, _of(run, "tolerance") or 0.0)
             for row, claim in enumerate(claims)
             for run in claim["runs"]
             if run["role"] == role and (value := _of(run, "margin")) is not None
         ]
         if points:
-            x, y = zip(*points, strict=True)
+            x, y, tolerances = zip(*points, strict=True)
             axes.scatter(x, y, label=legend, zorder=3, clip_on=False, **look)
             everything += x
-    bands = [(_of(_run(claim, "claim"), "resolution"), row) for row, claim in enumerate(claims)]
+            telling += [abs(v) for v, allowed in zip(x, tolerances, strict=True) if abs(v) > allowed]
+    bands = [(_of(_run(claim, "claim"), name), row) for name in _BANDS for row, claim in enumerate(claims)]
     known = [(-width, row) for width, row in bands if width]
     if known:
         widths, rows = zip(*known, strict=True)
-        axes.barh(rows, widths, height=0.56, color="#dcdcdc", label="within resolution", zorder=1)
+        axes.barh(rows, widths, height=0.56, color="#dcdcdc", label="tolerance or resolution", zorder=1)
         everything += widths
+    telling += [width for claim in claims if (width := _of(_run(claim, "claim"), "resolution"))]
     axes.axvline(0.0, color=INK, linewidth=1.0, zorder=2)
-    axes.set_xlabel("margin, in the claim's own units (left of zero: violated)")
+    axes.set_xlabel("margin, in the claim's own units (left of zero and of any grey band: violated)")
     axes.grid(axis="y", color="#eeeeee")
     sizes = [abs(v) for v in everything if v != 0.0]
     if sizes:
-        _symlog_ticks(axes, min(sizes), max(sizes), low=min(everything) < 0, high=max(everything) > 0)
+        smallest = min(telling, default=max(sizes))
+        _symlog_ticks(axes, smallest, max(sizes), low=min(everything) < 0, high=max(everything) > 0)
 
 
 def _symlog_ticks(axes: Axes, smallest: float, largest: float, *, low: bool, high: bool) -> None:

@@ -26,7 +26,13 @@ PAPER = Paper("planted", "Planted claims", "Nobody", 2026, "none", "0000.00000",
 
 def plant(check: Callable[[Any], Outcome], kind: Any, *, number: str = "P1", **fields: Any) -> Claim:
     """A claim of the planted paper, with one control called "wrong" unless other controls are given."""
-    described = {"title": number, "controls": {"wrong": "a wrong constant"}, "regime": "all", "source": "planted"}
+    described: dict[str, Any] = {
+        "title": number,
+        "controls": {"wrong": "a wrong constant"},
+        "regime": "all",
+        "source": "planted",
+        "resolution": 1.0 if kind == "statistical" else None,
+    }
     return claim(PAPER, number, "a planted statement", kind=kind, **{**described, **fields})(check)
 
 

@@ -42,6 +42,15 @@ def test_a_claim_knows_its_items_and_its_stream():
         ({"expect": "false"}, "expect is 'false'; expected 'holds' or 'refuted'"),
         ({"expect": "refuted"}, r"recorded as false \(expect='refuted'\) without a repair"),
         ({"repairs": {"wrong": "right"}}, r"\['wrong'\] named both as control and as repair"),
+        ({"needs": ["gpu", "genjx"]}, r"needs 'genjx'; expected one of gpu, .* \(nearest: genjax\)"),
+        ({"needs": ["neural-tangents"]}, r"\(nearest: neural_tangents\)"),
+        ({"kind": "statistical", "resolution": None}, "a statistical claim must say what it has to see"),
+        ({"kind": "statistical", "resolution": 0.0}, "resolution is 0.0 for kind 'statistical'; expected a positive"),
+        ({"kind": "rate", "resolution": math.nan}, "resolution is nan for kind 'rate'; expected a positive number"),
+        (
+            {"kind": "bound", "resolution": 0.1},
+            "resolution is 0.1 for kind 'bound'; expected .* statistical, rate, trained",
+        ),
     ],
 )
 def test_registration_refuses(fields: dict[str, Any], message: str):
@@ -64,8 +73,8 @@ ALPHA = 0.01
 THRESHOLD = math.log(1 / ALPHA)
 
 
-def decided(kind: str, resolution: float | None = None, **measured: Any) -> Verdict:
-    return decide(planted.plant(check, kind, resolution=resolution), Outcome(**measured), ALPHA)[0]
+def decided(kind: str, **measured: Any) -> Verdict:
+    return decide(planted.plant(check, kind), Outcome(**measured), ALPHA)[0]
 
 
 @pytest.mark.parametrize(
@@ -95,7 +104,11 @@ def test_the_margin_decides(kind: str, accepted: Verdict, rejected: Verdict):
     "bad", [{"margin": math.nan}, {"margin": math.inf}, {"margin": 1.0, "tolerance": math.nan}], ids=str
 )
 def test_a_number_that_is_not_finite_is_an_error(kind: str, bad: dict[str, float]):
-    assert decided(kind, log_e=0.0, resolution=0.1, **bad) is Verdict.ERROR
+    evidence = {"log_e": 0.0, "resolution": 0.1} if kind == "statistical" else {}
+    verdict, reason = decide(planted.plant(check, kind), Outcome(**evidence, **bad, witness=list(range(999))), ALPHA)
+    assert verdict is Verdict.ERROR
+    # The witness is shown, as far as it fits a line.
+    assert "not finite at the input [0, 1, 2, 3" in reason and len(reason) < 300
 
 
 def test_only_a_symbolic_check_with_a_proof_proves():
@@ -117,7 +130,8 @@ def test_only_a_symbolic_check_with_a_proof_proves():
         ({"p": 0.5, "resolution": 0.1}, 0.09, Verdict.INCONCLUSIVE),
         ({"p": 0.0, "resolution": 0.1}, 0.09, Verdict.REFUTED),
         ({"p": 0.5}, None, Verdict.ERROR),
-        ({"p": 0.5, "resolution": math.inf}, None, Verdict.ERROR),
+        ({"p": 0.5, "resolution": math.nan}, None, Verdict.ERROR),
+        ({"p": 0.5, "resolution": math.inf}, None, Verdict.INCONCLUSIVE),
         ({"log_e": math.nan, "resolution": 0.1}, None, Verdict.ERROR),
         ({"p": math.nan, "resolution": 0.1}, None, Verdict.ERROR),
         ({"resolution": 0.1}, None, Verdict.ERROR),
@@ -128,7 +142,30 @@ def test_evidence_decides_statistical_claims(measured: dict[str, float], asked: 
     # The margin of a statistical check is a distance, which never decides.
     fields = {k: v for k, v in measured.items() if k != "resolution"}
     outcome = Outcome(margin=-0.3, resolution=measured.get("resolution"), **fields)
-    assert decide(planted.plant(check, "statistical", resolution=asked), outcome, ALPHA)[0] is verdict
+    assert decide(planted.plant(check, "statistical", resolution=asked or 1.0), outcome, ALPHA)[0] is verdict
+
+
+@pytest.mark.parametrize(("kind", "accepted"), [("rate", Verdict.CONSISTENT), ("trained", Verdict.REPRODUCED)])
+def test_a_resolution_asked_of_rates_and_trained_claims_is_asked_for(kind: str, accepted: Verdict):
+    c = planted.plant(check, kind, resolution=0.1)
+    for stated, verdict in ((0.1, accepted), (0.11, Verdict.INCONCLUSIVE), (math.inf, Verdict.INCONCLUSIVE)):
+        assert decide(c, Outcome(margin=1.0, resolution=stated), ALPHA)[0] is verdict
+    assert decide(c, Outcome(margin=1.0), ALPHA)[0] is Verdict.ERROR
+    # What is seen needs no resolution.
+    assert decide(c, Outcome(margin=-1.0), ALPHA)[0] not in (accepted, Verdict.ERROR)
+
+
+@pytest.mark.parametrize("kind", ["bound", "exact", "symbolic", "rate", "trained"])
+@pytest.mark.parametrize("evidence", [{"p": 1e-30}, {"log_e": 100.0}], ids=str)
+def test_evidence_that_would_not_decide_is_an_error(kind: str, evidence: dict[str, float]):
+    verdict, reason = decide(planted.plant(check, kind), Outcome(margin=1.0, **evidence), ALPHA)
+    assert verdict is Verdict.ERROR
+    assert f"does not decide a claim of kind '{kind}'" in reason
+
+
+def test_evidence_given_twice_is_an_error():
+    verdict, reason = decide(planted.plant(check, "statistical"), Outcome(1.0, p=0.5, log_e=0.0, resolution=0.1), ALPHA)
+    assert (verdict, "evidence is given twice" in reason) == (Verdict.ERROR, True)
 
 
 # -- what a check receives --------------------------------------------------------------------------------------------
@@ -166,8 +203,28 @@ def test_cases_report_the_worst_by_name():
     assert ctx.cases({"tight": -1e-12}, tolerance=1e-9, tolerance_reason="rounding").counterexample is None
     with pytest.raises(ClaimError, match="at least one case"):
         ctx.cases({})
+    with pytest.raises(ClaimError, match=r"planted:P1: ctx\.cases has the tolerance 1e-09 without a tolerance_reason"):
+        ctx.cases({"tight": 1.0}, tolerance=1e-9)
     with pytest.raises(FloatingPointError, match="slack is NaN in the case 'odd'"):
         ctx.cases({"fine": 1.0, "odd": math.nan})
+
+
+@pytest.mark.parametrize(("kind", "validity"), [("exact", "exact"), ("bound", "searched"), ("trained", "searched")])
+def test_cases_are_called_exact_only_where_nothing_is_sampled(kind: str, validity: str):
+    ctx = context(planted.plant(check, kind))
+    assert ctx.cases({"only": 1.0}).validity == validity
+    assert ctx.cases({"only": 1.0}, validity="exact").validity == "exact"
+
+
+def test_code_repeats_a_run_with_its_budget_and_seed():
+    c = planted.plant(check, "bound", repairs={"mended": ""})
+    plain = context(c).cases({"hard": -1.0}).counterexample
+    assert plain is not None and "replay('planted:P1', witness)" in plain and "witness = {'case': 'hard'}" in plain
+    far = context(c, control="wrong", budget="deep", seed=7).cases({"hard": -1.0}).counterexample
+    assert far is not None and "replay('planted:P1', witness, control='wrong', budget='deep', seed=7)" in far
+    for control, found in ((None, ".runs[0]"), ("wrong", ".controls['wrong']"), ("mended", ".runs[2]")):
+        code = context(c, control=control, seed=3).run_code()
+        assert "run('planted:P1', budget='quick', seed=3, suite_alpha=0.01)" in code and f"result{found}\n" in code
 
 
 def test_equal_measures_the_absolute_difference(x64: None):
@@ -183,6 +240,7 @@ def test_equal_measures_the_absolute_difference(x64: None):
         )
         assert found.margin == pytest.approx(-0.1, rel=1e-12)
         assert (found.tolerance, found.tolerance_reason, found.tightness) == (1e-9, "r", None)
+        assert found.validity == "searched"
 
 
 @pytest.mark.parametrize(

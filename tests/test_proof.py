@@ -103,7 +103,17 @@ def test_verdicts_distinguish_proof_evidence_and_refutation():
     assert wrong.verdict is Verdict.REFUTED and wrong.outcome is not None
     assert wrong.outcome.margin < 0
     assert wrong.outcome.witness == {"residual": "x*y/100"}
+    assert result.outcome is not None and result.outcome.note == "1 residuals reduced to zero"
+    assert wrong.outcome.note == "a residual is not zero"
 
     evidence = planted.plant(lambda ctx: ctx.proved(STALLED[0] + ctx.pick(0, wrong=x)), "symbolic")
     assert run_item(evidence, "claim", None, Settings()).verdict is Verdict.HOLDS
     assert run_claim(evidence, Settings()).ok
+    found = run_item(evidence, "claim", None, Settings()).outcome
+    assert found is not None and found.validity == "searched"
+    assert found.note == "1 residuals vanish at all points tried, which is no proof"
+
+
+def test_no_residual_proves_nothing():
+    result = run_claim(planted.plant(lambda ctx: (ctx.pick(0, wrong=1), ctx.proved())[1], "symbolic"), Settings())
+    assert result.verdict is Verdict.ERROR and "ctx.proved needs at least one residual" in result.reason

@@ -44,6 +44,7 @@ def test_claims_come_in_the_order_of_the_paper(monkeypatch: pytest.MonkeyPatch, 
     [
         ("plantd:P1", "no paper called 'plantd'; nearest: planted"),
         ("planted:P9", "no claim called 'planted:P9'; nearest: planted:P1, planted:P2|nearest: planted:P2, planted:P1"),
+        ("P2", "no claim called 'P2'; nearest: planted:P2; a claim is named paper:number"),
         ("planted", "no claim called 'planted'; .*a claim is named paper:number"),
         ("", "a claim is named paper:number"),
         (":P1", "no paper called ''"),
@@ -56,6 +57,12 @@ def test_an_unknown_name_is_answered_with_the_nearest(
     planted.install(monkeypatch, tmp_path, TWO)
     with pytest.raises(registry.UnknownClaimError, match=message):
         registry.find(name)
+
+
+def test_a_number_without_its_paper_is_answered_with_the_whole_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    planted.install(monkeypatch, tmp_path, TWO)
+    with pytest.raises(registry.UnknownClaimError, match="no paper called 'p2'; nearest: planted:P2"):
+        registry.select(["p2"])
 
 
 def test_what_is_no_paper_is_not_listed():
@@ -74,8 +81,15 @@ def test_what_is_no_paper_is_not_listed():
             TWO.replace("PAPER,", 'Paper("other", "", "", 1, "", "", ()),'),
             "claim other:P2 stands in the file of planted",
         ),
+        (TWO.replace("first", "second"), "two claims are bound to the name 'second', which hides the first"),
+        (TWO.split('@claim(PAPER, "P1"')[0] * 2, "two claims are bound to the name 'second'"),
+        (
+            TWO + "first = not_checkable(PAPER, 'P3', 's', title='t', kind='bound', reason='r', source='s')",
+            "name 'first'",
+        ),
+        (TWO + "first = claim(PAPER, 'P3', 's', title='t', kind='bound', **WORDS)(len)", "name 'first'"),
     ],
-    ids=["duplicate", "unlisted", "no paper", "another paper"],
+    ids=["duplicate", "unlisted", "no paper", "another paper", "one name", "same again", "assigned", "called"],
 )
 def test_a_faulty_claims_file_is_refused(source: str, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     planted.install(monkeypatch, tmp_path, source)

@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 
 from paper_checks import figures
-from paper_checks.harness import mathml, page, report
+from paper_checks.harness import markup, mathml, page, report
+from paper_checks.harness.claim import LEDGER_KINDS
 
 HOSTILE = '<script>alert("x")</script>'
 VOID = {"meta", "wbr", "br", "img", "link", "hr", "input"}
@@ -821,6 +822,60 @@ def test_write_report_writes_both_files(tmp_path):
     assert report.to_html(report.read_json(tmp_path / "out" / "report.json")) == where.read_text(encoding="utf-8")
 
 
+# -- a report where another one lies --------------------------------------------------------------------------------
+
+
+def part(numbers: list[str], created: str = "2027-01-01T00:00:00+00:00", **parts: Any) -> dict[str, Any]:
+    """The sample's claims of those ids, run again later and all in 7 seconds."""
+    document = sample()
+    claims = [{**c, "seconds": 7.0} for c in document["claims"] if c["id"] in numbers]
+    return {**document, "created": created, "claims": claims, **parts}
+
+
+def test_a_part_made_alike_renews_its_claims_and_keeps_the_rest(tmp_path):
+    assert report.joined(part([]), tmp_path, []) == (part([]), "")
+    report.write_json(sample(), tmp_path / "report.json")
+    first, *others = ids(sample())
+    whole, sentence = report.joined(part([first]), tmp_path, [first])
+    assert sorted(ids(whole)) == sorted(ids(sample())) and whole["complete"]
+    assert [c["id"] for c in whole["claims"] if c["seconds"] == 7.0] == [first]
+    assert f"keeps {len(others)} other claims" in sentence
+    stopped = part([first], complete=False)
+    assert report.joined(stopped, tmp_path, ["sgd_stability:new"])[0]["complete"] is False
+
+
+def test_a_claim_of_which_a_part_ran_well_does_not_take_the_place_of_the_whole(tmp_path):
+    report.write_json(sample(), tmp_path / "report.json")
+    name = next(c["id"] for c in sample()["claims"] if c["ok"] and c["controls"] and len(c["runs"]) > 1)
+    for ok in (True, False):
+        partial = part([name])
+        partial["claims"][0] |= {"ok": ok, "runs": partial["claims"][0]["runs"][:1]}
+        whole = report.joined(partial, tmp_path, [name])[0]
+        assert next(c["seconds"] == 7.0 for c in whole["claims"] if c["id"] == name) is not ok
+
+
+@pytest.mark.parametrize(
+    ("earlier", "why"),
+    [
+        ({"settings": {**sample()["settings"], "seed": 5}}, "other seed"),
+        ({"environment": {**sample()["environment"], "python": "3.14.0"}}, "other environment"),
+        ({"complete": False}, "it was interrupted"),
+        ({"version": 99}, "has report version 99"),
+    ],
+)
+def test_a_report_made_otherwise_is_replaced_and_that_is_said(tmp_path, earlier, why):
+    (tmp_path / "report.json").write_text(json.dumps(report.sanitize({**sample(), **earlier})), encoding="utf-8")
+    new = report.sanitize(part(ids(sample())[:1]))
+    written, sentence = report.joined(new, tmp_path, ids(new))
+    assert written == new and "the earlier report" in sentence and "was replaced" in sentence and why in sentence
+
+
+def test_a_device_is_never_replaced_by_a_file():
+    with pytest.raises(OSError, match="not a regular file"):
+        report.write_atomically("/dev/null", "text")
+    assert not Path("/dev/null").is_file()
+
+
 # -- the page -------------------------------------------------------------------------------------------------------
 
 
@@ -879,7 +934,9 @@ def test_every_claim_shows_its_verdict_controls_and_rerun_command(rendered):
 def test_findings_errors_and_missing_claims_are_shown(rendered):
     words = " ".join(read(rendered).text)
     findings = rendered[rendered.index('id="findings"') : rendered.index("</section>", rendered.index('id="findings"'))]
-    assert "descent = eta * 0.5" in findings and "f_distill" not in findings
+    assert "What holds instead" in findings and "f_distill" not in findings
+    assert 'href="#claim-sgd_stability.3a.T3">Evidence and counterexample' in findings
+    assert rendered.count("descent = eta * 0.5") == 1
     assert "ValueError: <σ>" in words
     assert "4 claims did not come out as recorded" in words
     unchecked = rendered[rendered.index('id="unchecked"') :]
@@ -905,10 +962,61 @@ def test_a_negative_margin_is_called_violated_only_where_it_is():
     assert list(shown.values()) == ["violated", "zero within the tolerance", "estimated"]
 
 
-def test_an_interrupted_run_and_an_empty_one_say_so():
-    assert "interrupted" in report.to_html({**sample(), "complete": False, "claims": []})
+def test_an_interrupted_run_a_selection_and_an_empty_one_say_so():
+    def state(**parts: Any) -> str:
+        shown = report.to_html({**sample(), **parts})
+        return shown[shown.index('<p class="state') :].split("</p>")[0]
+
+    assert "interrupted" in state(complete=False, claims=[])
+    assert "interrupted" in state(complete=False) and "not selected" not in state(complete=False)
+    absent = sum(len(p["claims"]) for p in sample()["papers"].values()) - len(sample()["claims"])
+    assert f"{absent} more claims of the same papers: not selected" in state() and "interrupted" not in state()
+    every = {s: {**p, "claims": [c["number"] for c in sample()["claims"] if c["paper"] == s]}
+             for s, p in sample()["papers"].items()}  # fmt: skip
+    assert "not selected" not in state(papers=every)
     empty = read(report.to_html({**sample(), "claims": [], "papers": {}}))
     assert "Nothing was run" in " ".join(empty.text)
+
+
+def test_minus_zero_is_zero():
+    assert markup.number(-0.0) == "0" and markup.quoted(-0.0) == "0" and markup.number(-0.5) == "−0.5"
+
+
+def test_the_false_alarm_promise_is_of_tested_claims_and_names_asymptotic_ones(rendered):
+    def promise(shown: str) -> str:
+        return shown[shown.index("<dt>False alarm</dt>") :].split("</div>")[0]
+
+    document = sample()
+    for c in document["claims"]:
+        for r in c["runs"]:
+            if r["outcome"]:
+                r["outcome"]["validity"] = "exact"
+    assert "any true one of the claims decided by a test" in promise(rendered)
+    assert "asymptotic" not in promise(report.to_html(document))
+    loose = next(c for c in document["claims"] if c["kind"] in LEDGER_KINDS and c["runs"][0]["outcome"])
+    loose["runs"][0]["outcome"]["validity"] = "asymptotic"
+    shown = promise(report.to_html(document))
+    assert re.search(rf"only asymptotically for <a [^>]*>{loose['id']}<", shown)
+
+
+def test_what_became_of_a_control_is_said_as_it_is():
+    failed = run("control", "broken", "error", None, caught=False, error="ValueError")
+    vague = run("control", "vague", "inconclusive", outcome(0.1), caught=False)
+    own = run("claim", None, "holds", outcome(0.1))
+    words = {"broken": r"$\eta$ halved", "vague": "B <= 2", "absent": "c"}
+    shown = report.claim_html(claim("p", "T1", "t", "s", "bound", [own, failed, vague], controls=words))
+    assert "✗ raised an error" in shown and "✗ not decided" in shown and "slipped through" not in shown
+    assert "<math" in shown and "B ≤ 2" in shown
+
+
+def test_a_search_without_range_has_no_figure():
+    pytest.importorskip("matplotlib")
+    shown = []
+    for top in (1 + 1e-12, 1.2):
+        line = {"label": "worst so far", "x": [1, 9], "y": [1.0, top], "style": "step"}
+        own = run("claim", None, "holds", outcome(0.0, figure=figure("Search", lines=[line])))
+        shown.append("<svg" in report.claim_html(claim("p", "T1", "t", "s", "bound", [own])))
+    assert shown == [False, True]
 
 
 def test_changes_since_an_earlier_report_are_listed(rendered):
@@ -1032,6 +1140,23 @@ def test_overview_puts_controls_and_claims_at_their_margins():
     assert margins.get_xscale() == "symlog"
     (alone,) = figures.overview(sample()["claims"][4:5]).axes  # no tightness: the margins have the width to themselves
     assert [(b.get_x(), b.get_width()) for b in alone.patches] == [(0.0, -0.021)]
+
+
+def test_overview_shows_the_tolerance_and_does_not_resolve_what_is_below_it():
+    pytest.importorskip("matplotlib")
+    own = run("claim", None, "holds", outcome(-4e-16, tolerance=1e-7))
+    wrong = run("control", "wrong", "refuted", outcome(-0.05, tolerance=1e-7), caught=True)
+    (margins,) = figures.overview([claim("p", "T1", "t", "s", "bound", [own, wrong])]).axes
+    assert [(b.get_x(), b.get_width()) for b in margins.patches] == [(0.0, -1e-7)]
+    assert margins.xaxis.get_transform().linthresh == pytest.approx(0.01)  # so -4e-16 stands at zero
+    assert "any grey band" in margins.get_xlabel()
+
+
+def test_ticks_have_no_offset():
+    pytest.importorskip("matplotlib")
+    drawn = figures.draw(figure("t", lines=[{"label": "a", "x": [0, 1], "y": [1.0, 1.0 + 1e-7], "style": "line"}]))
+    figures.svg(drawn)
+    assert drawn.axes[0].yaxis.get_offset_text().get_text() == ""
 
 
 def test_figures_leave_matplotlib_settings_and_pyplot_alone():

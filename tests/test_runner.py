@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import html.parser
+import importlib.util
 import json
 import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +19,10 @@ import numpy as np
 import planted
 import pytest
 
-from paper_checks.harness import report, runner
+from paper_checks.harness import environment, report, runner, store
 from paper_checks.harness.claim import Claim, Outcome, Verdict, not_checkable
 from paper_checks.harness.numerics import DeviceError, enable_x64
-from paper_checks.harness.runner import Result, Settings, Store, conclude, replay, run, run_claim, run_item
+from paper_checks.harness.runner import Result, Run, Settings, Store, conclude, replay, run, run_claim, run_item
 
 QUICK = Settings()
 NO_GPU = all(d.platform == "cpu" for d in jax.devices())
@@ -101,17 +104,26 @@ def test_a_claim_that_cannot_be_checked_says_why_and_is_no_failure():
         replay(c, None)
 
 
+def without(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
+    """Let the runner find none of the packages, whether or not they are installed."""
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in packages else found(name))
+
+
 @pytest.mark.parametrize(
     ("needs", "reason"),
     [
-        (("no_such_package",), "needs the package no_such_package, which is not here"),
-        (("jax", "no_such_package", "nor_this"), "needs the package no_such_package and the package nor_this, which"),
+        (("genjax",), "needs the package genjax, which is not here"),
+        (("hypothesis", "genjax", "pyamg"), "needs the package genjax and the package pyamg, which"),
         pytest.param(
             ("gpu",), "needs a GPU, which is not here", marks=pytest.mark.skipif(not NO_GPU, reason="has one")
         ),
     ],
 )
-def test_what_is_missing_is_named_and_is_no_failure(needs: tuple[str, ...], reason: str):
+def test_what_is_missing_is_named_and_is_no_failure(
+    needs: tuple[str, ...], reason: str, monkeypatch: pytest.MonkeyPatch
+):
+    without(monkeypatch, "genjax", "pyamg")
     result = checked(margin, needs=needs)
     assert summary(result) == ("not checkable", True)
     assert reason in result.reason
@@ -164,14 +176,88 @@ def test_an_exception_is_reported_with_its_place():
 
     result = checked(crash)
     assert summary(result) == ("error", False)
-    assert result.reason == "IndexError: no entry 7"
+    assert result.reason == "IndexError: no entry 7 (seed 0)"
     assert result.runs[0].error is not None and "in crash" in result.runs[0].error
 
 
 def test_a_crash_of_a_control_alone_is_an_error_too():
     result = checked(lambda ctx: Outcome(margin=1 / ctx.pick(1, wrong=0)))
     assert summary(result) == ("error", False)
-    assert result.reason == "control 'wrong': ZeroDivisionError: division by zero"
+    assert result.reason == "ZeroDivisionError: division by zero (control 'wrong', seed 0)"
+
+
+@pytest.mark.parametrize("stop", [SystemExit(0), SystemExit("enough")], ids=repr)
+def test_a_check_that_ends_the_program_is_an_error(stop: SystemExit):
+    def leave(ctx: Any) -> Outcome:
+        raise stop
+
+    result = checked(leave)
+    assert summary(result) == ("error", False)
+    assert result.reason.startswith("SystemExit:")
+
+
+@pytest.mark.parametrize(
+    ("odd", "reason"),
+    [
+        ({"n": 2.5}, "Outcome.n is 2.5 (float); expected a whole number"),
+        ({"n": -1}, "Outcome.n is -1"),
+        ({"n": "many"}, "Outcome.n is 'many' (str); expected a number"),
+        ({"witness": (i for i in range(3))}, "Outcome.witness is <generator"),
+        ({"witness": {"x": [1, {2, 3}]}}, "Outcome.witness['x'][1] is {2, 3} (set); expected numbers, text"),
+        ({"margin": None}, "Outcome.margin is None (NoneType); expected a number"),
+        ({"margin": np.zeros(2)}, "Outcome.margin is array([0., 0.]) (ndarray); expected a number"),
+        ({"tightness": "tight"}, "Outcome.tightness is 'tight' (str); expected a number"),
+        ({"note": 3}, "Outcome.note is 3 (int); expected text"),
+        ({"search": [1]}, "Outcome.search is [1] (list); expected None or a dict"),
+        ({"search": {"structures": "few"}}, "the outcome does not fit a report: outcome.search.structures"),
+        ({"figure": {"title": "t", "lines": [{"x": [1.0], "y": ["high"]}]}}, "outcome.figure.lines[0].y[0]"),
+    ],
+    ids=str,
+)
+def test_an_odd_field_costs_its_own_claim_only(odd: dict[str, Any], reason: str):
+    result = checked(lambda ctx: Outcome(**{"margin": ctx.pick(1.0, wrong=-1.0), **odd}))
+    assert summary(result) == ("error", False)
+    assert reason in result.reason, result.reason
+    report.check(whole(result))
+
+
+def whole(result: Result) -> dict[str, Any]:
+    """A document of one result, as plain data."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(environment, "load", lambda stem: (planted.PAPER, []))
+        made = report.sanitize(runner.document([result], QUICK))
+    assert isinstance(made, dict)
+    return made
+
+
+def test_scalars_and_arrays_of_any_library_become_plain():
+    def check(ctx: Any) -> Outcome:
+        return Outcome(
+            margin=jnp.asarray(ctx.pick(1.0, wrong=-1.0)),  # type: ignore[arg-type]
+            n=2e4,  # type: ignore[arg-type]
+            tightness=np.float32(0.5),  # type: ignore[arg-type]
+            our_value=jnp.asarray(3),  # type: ignore[arg-type]
+            witness={"x": np.arange(3), "y": (jnp.ones(1), np.int64(4), np.bool_(True))},
+            search={"structures": np.int32(2)},
+            figure={"title": "t", "lines": [{"x": np.arange(2.0), "y": jnp.arange(2.0)}], "hlines": [], "bars": None},
+        )
+
+    result = checked(check)
+    assert summary(result) == ("holds", True), result.reason
+    o = result.outcome
+    assert o is not None
+    assert [type(v) for v in (o.margin, o.n, o.tightness, o.our_value)] == [float, int, float, float]
+    assert (o.n, o.witness) == (20000, {"x": [0, 1, 2], "y": [[1.0], 4, True]})
+    assert json.loads(json.dumps(dataclasses.asdict(o))) == dataclasses.asdict(o)
+
+
+@pytest.mark.parametrize(("size", "expected"), [(0.9e-9, "inconclusive"), (1.1e-9, "holds")])
+def test_a_control_that_violates_by_rounding_noise_is_not_caught(size: float, expected: str):
+    result = checked(lambda ctx: Outcome(margin=ctx.pick(0.0, wrong=-size)))
+    assert summary(result) == (expected, expected == "holds")
+    if expected == "inconclusive":
+        assert result.reason.startswith("negative control not caught: wrong (refuted: violated by 9e-10")
+        assert "violations below 1e-09 show nothing" in result.reason
 
 
 def test_nan_inside_a_search_is_reported_with_its_input():
@@ -242,14 +328,16 @@ def test_parts_of_a_claim_do_not_make_a_verdict():
 # -- repetition of statistical refutations ----------------------------------------------------------------------------
 
 
-def scripted(outcomes: list[dict[str, Any]], kind: str) -> tuple[runner.Run, list[Any]]:
-    """A claim whose runs return the outcomes in order; also the keys that they were given."""
+def scripted(outcomes: list[dict[str, Any]], kind: str) -> tuple[Run, list[Any]]:
+    """A claim whose runs return the outcomes in order, and its keys; outcomes differ in a number that decides nothing."""
     keys: list[Any] = []
 
     def check(ctx: Any) -> Outcome:
         ctx.pick(0, wrong=1)
-        keys.append(tuple(np.asarray(jax.random.key_data(ctx.key)).tolist()))
-        return Outcome(**{"margin": -1.0, "resolution": 0.1, "n": 10, **outcomes[len(keys) - 1]})
+        keys.append((data(ctx.key), data(ctx.paper_key)))
+        return Outcome(
+            **{"margin": -1.0, "resolution": 0.1, "n": 10, "our_value": len(keys), **outcomes[len(keys) - 1]}
+        )
 
     return run_item(planted.plant(check, kind), "claim", None, Settings(suite_alpha=0.01)), keys
 
@@ -263,6 +351,16 @@ def scripted(outcomes: list[dict[str, Any]], kind: str) -> tuple[runner.Run, lis
         ("statistical", [{"log_e": 4.6}], "consistent"),  # log 100 = 4.605
         ("statistical", [{"log_e": 5.0}, {"log_e": -0.3}], "refuted"),
         ("statistical", [{"log_e": 5.0}, {"log_e": -0.5}], "consistent"),
+        ("statistical", [{"p": 1e-9}, {"p": math.nan}], "error"),
+        ("statistical", [{"p": 1e-9}, {"p": 0.5, "margin": math.nan}], "error"),
+        ("statistical", [{"p": 1e-9}, {"p": 0.5, "undecided": "too few"}], "inconclusive"),
+        ("statistical", [{"p": 1e-9}, {"p": 0.5, "resolution": 1.1}], "inconclusive"),
+        ("statistical", [{"p": 1e-9}, {"p": 0.5, "resolution": None}], "error"),
+        ("statistical", [{"p": 1e-9}, {"log_e": 50.0}], "error"),
+        ("statistical", [{"log_e": 50.0}, {"p": 1e-9}], "error"),
+        ("statistical", [{"log_e": 50.0}, {"log_e": math.nan}], "error"),
+        ("statistical", [{"log_e": 50.0}, {"log_e": 1.0, "undecided": "too few"}], "inconclusive"),
+        ("rate", [{}, {"margin": math.nan}], "error"),
         ("rate", [{}, {}], "refuted"),
         ("rate", [{}, {"margin": 0.1}], "consistent"),
         ("rate", [{}, {"undecided": "too noisy"}], "inconclusive"),
@@ -273,7 +371,40 @@ def scripted(outcomes: list[dict[str, Any]], kind: str) -> tuple[runner.Run, lis
 def test_a_refutation_by_chance_is_repeated_on_fresh_randomness(kind: str, outcomes: list[Any], verdict: str):
     done, keys = scripted(outcomes, kind)
     assert str(done.verdict) == verdict, done.reason
-    assert len(keys) == len(set(keys)) == len(outcomes)
+    # Both streams are fresh: that of the claim and that of the paper.
+    assert len(keys) == len({k for k, _ in keys}) == len({k for _, k in keys}) == len(outcomes)
+
+
+def data(key: Any) -> tuple[int, ...]:
+    return tuple(np.asarray(jax.random.key_data(key)).tolist())
+
+
+def fixed_sample(ctx: Any) -> Outcome:
+    x = np.random.default_rng(0).random(400) < 0.9
+    return ctx.mean(x, ctx.pick(0.5, wrong=0.4), low=0, high=1)
+
+
+def test_evidence_that_ignores_the_keys_is_an_error():
+    result = checked(fixed_sample, "statistical")
+    assert summary(result) == ("error", False)
+    assert "the evidence is the same with 6 fresh keys" in result.reason
+
+
+def test_evidence_from_the_stream_of_the_paper_is_fresh_too():
+    def check(ctx: Any) -> Outcome:
+        x = np.asarray(jax.random.uniform(ctx.paper_key, (400,))) < 0.9
+        return ctx.mean(x, ctx.pick(0.5, wrong=0.4), low=0, high=1)
+
+    result = checked(check, "statistical")
+    assert str(result.verdict) == "refuted", result.reason
+    assert "a fresh sample gave" in result.reason
+
+
+def test_counts_that_coincide_once_are_no_error():
+    done, _ = scripted(
+        [{"p": 1e-9, "our_value": 7}, {"p": 1e-9, "our_value": 7}, {"p": 1e-9, "our_value": 8}], "statistical"
+    )
+    assert str(done.verdict) == "refuted", done.reason
 
 
 def test_evidence_of_both_samples_is_added():
@@ -354,6 +485,30 @@ def test_a_device_that_is_not_here_is_named():
         run(planted.plant(margin, "bound"), device="gpu")
 
 
+def test_a_machine_without_any_device_is_told_so():
+    """As with JAX_PLATFORMS=cuda where there is no GPU: JAX cannot even say what is present."""
+    script = (
+        "from paper_checks.harness.numerics import DeviceError, find_device\n"
+        "for platform in (None, 'cpu', 'gpu'):\n"
+        "    try:\n"
+        "        find_device(platform)\n"
+        "    except DeviceError as error:\n"
+        "        print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "JAX_PLATFORMS": "tpu", "PYTHONPATH": str(Path(runner.__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 3 and all(
+        "JAX can start no device at all here, being told to use 'tpu' only" in x for x in lines
+    )
+
+
 # -- results ----------------------------------------------------------------------------------------------------------
 
 
@@ -370,7 +525,9 @@ def all_kinds_of_results() -> list[Result]:
         checked(coin, "statistical"),
         checked(lambda ctx: Outcome(margin=ctx.pick(math.nan, wrong=-1.0))),
         checked(lambda ctx: None),
-        checked(margin, needs=("no_such_package",)),
+        run_claim(
+            not_checkable(planted.PAPER, "P1", "s", title="t", kind="bound", source="s", reason="no data"), QUICK
+        ),
         erratum(-1.0, -2.0, 1.0),
     ]
 
@@ -447,15 +604,27 @@ def test_a_rerun_reuses_what_is_there_only_on_request_and_with_the_same_settings
     assert report.sanitize(again.record()) == report.sanitize(first.record())
     run_claim(c, QUICK, Store(tmp_path, QUICK))
     assert len(check.runs) == 4
-    for i, other in enumerate([Settings(seed=1), Settings("standard"), Settings(items=2), Settings(suite_alpha=0.01)]):
+    for i, other in enumerate([Settings(seed=1), Settings("standard"), Settings(device="cpu")]):
         assert Store(tmp_path, other).get(c, None) is None, f"settings {i}"
+
+
+@pytest.mark.parametrize(("kind", "reused"), [("bound", True), ("symbolic", True), ("rate", False), ("trained", False)])
+def test_what_else_is_selected_matters_to_claims_with_a_share_of_the_budget_only(
+    kind: str, reused: bool, tmp_path: Path
+):
+    c = planted.plant(margin, kind)
+    run_claim(c, QUICK, Store(tmp_path, QUICK))
+    for other in (Settings(items=2), Settings(suite_alpha=0.01)):
+        kept = Store(tmp_path, other).get(c, None)
+        assert (kept is not None) is reused
+        assert kept is None or kept.alpha == other.alpha
 
 
 def test_results_of_other_code_are_not_reused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     c = planted.plant(margin, "bound")
     run_claim(c, QUICK, Store(tmp_path, QUICK))
     assert Store(tmp_path, QUICK).get(c, None) is not None
-    monkeypatch.setattr(runner, "_code", lambda: "other sources")
+    monkeypatch.setattr(store, "_code", lambda: "other sources")
     assert Store(tmp_path, QUICK).get(c, None) is None
 
 
@@ -472,11 +641,11 @@ def test_an_interrupted_run_keeps_what_it_finished(tmp_path: Path):
 
 
 def test_errors_and_what_was_skipped_are_tried_again(tmp_path: Path):
-    lacking = planted.plant(margin, "bound", needs=("no_such_package",))
-    run_claim(lacking, QUICK, Store(tmp_path, QUICK))
-    # The same claim once the package is installed.
-    present = planted.plant(margin, "bound", needs=("jax",))
-    assert summary(run_claim(present, QUICK, Store(tmp_path, QUICK), resume=True)) == ("holds", True)
+    c = planted.plant(margin, "bound", needs=("hypothesis",))
+    with pytest.MonkeyPatch.context() as patch:
+        without(patch, "hypothesis")
+        assert run_claim(c, QUICK, Store(tmp_path, QUICK)).verdict == "not checkable"
+    assert summary(run_claim(c, QUICK, Store(tmp_path, QUICK), resume=True)) == ("holds", True)
 
 
 @pytest.mark.parametrize("content", ["", "{", "null", "[]", '"text"', "{}", '{"stamp": 3}', b"\xff\xfe\x00"], ids=repr)
@@ -512,3 +681,55 @@ def test_replay_of_symbolic_claims_runs_them_anew():
     c = planted.plant(lambda ctx: ctx.proved(ctx.pick(0, wrong=3)), "symbolic")
     assert replay(c, None) == 0
     assert replay(c, None, control="wrong") == 3
+
+
+def test_replay_of_cases_takes_the_named_one_with_its_budget_and_seed():
+    def check(ctx: Any) -> Outcome:
+        by = float(jax.random.uniform(ctx.key)) + ctx.n(1)
+        return ctx.cases({"easy": 5.0, "hard": ctx.pick(1.0, wrong=-by)})
+
+    c = planted.plant(check, "bound")
+    assert replay(c, "easy") == replay(c, {"case": "easy"}, control="wrong") == -5
+    with pytest.raises(ValueError, match="the witness is 'hrad'; expected one of the cases easy, hard"):
+        replay(c, "hrad")
+    far = run_claim(c, Settings("standard", seed=4)).controls["wrong"].outcome
+    assert far is not None and far.counterexample is not None
+    assert "budget='standard', seed=4" in far.counterexample
+    assert (
+        replay(c, far.witness, control="wrong", budget="standard", seed=4)
+        == -far.margin
+        != replay(c, far.witness, control="wrong")
+    )
+
+
+@pytest.mark.parametrize("kind", ["statistical", "trained", "rate"])
+def test_the_code_of_a_random_refutation_repeats_it(kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    source = """
+import jax
+import numpy as np
+
+
+@claim(PAPER, "P1", "s", title="t", kind="statistical", resolution=1.0, **WORDS)
+def coin(ctx):
+    return ctx.mean(jax.random.uniform(ctx.key, (400,)) < ctx.pick(0.5, wrong=0.9), 0.5, low=0, high=1)
+
+
+@claim(PAPER, "P2", "s", title="t", kind="trained", **WORDS)
+def trained(ctx):
+    x = np.asarray(jax.random.normal(ctx.key, (2, 8)))
+    return ctx.better(x[0] + ctx.pick(9.0, wrong=-9.0), x[1])
+
+
+@claim(PAPER, "P3", "s", title="t", kind="rate", **WORDS)
+def rate(ctx):
+    h = 2.0 ** -np.arange(3, 9)
+    return ctx.order(h, h ** ctx.pick(0.5, wrong=1.0) * np.exp(0.02 * jax.random.normal(ctx.key, (10, 6))), 0.5)
+"""
+    planted.install(monkeypatch, tmp_path, source)
+    result = run(f"planted:{ {'statistical': 'P1', 'trained': 'P2', 'rate': 'P3'}[kind] }", seed=5)
+    assert result.ok, result.reason
+    assert result.outcome is not None and result.outcome.counterexample is None
+    wrong = result.controls["wrong"].outcome
+    assert wrong is not None and wrong.counterexample is not None
+    with pytest.raises(AssertionError, match=r"against the claim|violated by"):
+        exec(compile(wrong.counterexample, "counterexample", "exec"), {})

@@ -193,6 +193,15 @@ def test_proportion_has_its_exact_level_and_resolution(n: int, expected: float, 
     assert powers and min(powers) >= 0.9
 
 
+def test_proportion_says_which_side_it_cannot_see():
+    # With 1000 trials of probability 0.001 no count is too small to be believed.
+    rare = statistics.proportion(1, 1000, 0.001, alpha=1e-3)
+    assert "a probability below 0.001 cannot be told apart at any size with n = 1000" in rare.note
+    assert not rejections(1000, 0.001, 1e-3)[0] and math.isfinite(rare.resolution)
+    assert "a probability above 0.999" in statistics.proportion(999, 1000, 0.999, alpha=1e-3).note
+    assert statistics.proportion(400, 1000, 0.4, alpha=1e-3).note == ""
+
+
 def test_proportion_names_what_is_wrong():
     with pytest.raises(ValueError, match="expected is 1; it must lie strictly between 0 and 1"):
         statistics.proportion(3, 10, 1, alpha=ALPHA)
@@ -301,6 +310,12 @@ def test_same_law_sees_shift_scale_and_dependence(draw: Callable[[np.random.Gene
     assert two_sample_rate(draw, 40) >= fewest(0.9, 40)
 
 
+def test_same_law_says_its_units():
+    x = np.random.default_rng(13).normal(size=(2, 100))
+    found = statistics.same_law(*x, key=jax.random.key(0), alpha=ALPHA)
+    assert "half the difference of the mean of a learned witness in [-1, 1]" in found.note
+
+
 def test_same_law_names_what_is_wrong():
     x, key = np.zeros((9, 2)), jax.random.key(0)
     with pytest.raises(ValueError, match="x has 2 columns, y has 3"):
@@ -389,6 +404,41 @@ def test_euler_and_milstein_have_their_orders_and_no_other(scheme: str, true: fl
             assert found.verdict == ("claimed" if claimed == true else "rival"), found.reason
 
 
+@pytest.mark.parametrize(("replicates", "noise"), [(5, 0.003), (10, 0.01), (20, 0.05)])
+@pytest.mark.parametrize("correction", [0.0, 0.3])
+@pytest.mark.parametrize("alpha", [0.05, 1e-4])
+def test_order_sees_a_shift_of_its_resolution_in_two_stages(
+    alpha: float, correction: float, replicates: int, noise: float
+):
+    """The resolution of one run, tried on two fresh ones, upwards and downwards in turn."""
+    found, repeats = 0, 200
+
+    def curve(by: float, seed: int) -> np.ndarray:
+        return (1 + correction * np.sqrt(STEPS)) * STEPS**by * power_law(1.0, seed, replicates, noise)
+
+    for s in range(repeats):
+        stated = statistics.order(STEPS, curve(0.0, s), claimed=1.0, alpha=alpha).resolution
+        if stated == math.inf:  # no promise; never the case but for the noisiest curves
+            assert noise == 0.05
+            found += 1
+            continue
+        shifted_curves = (curve(stated * (-1) ** s, seed * 1000 + s) for seed in (1, 2))
+        verdicts = [statistics.order(STEPS, e, claimed=1.0, alpha=alpha).verdict for e in shifted_curves]
+        found += verdicts == ["rival", "rival"]
+    assert found >= fewest(0.9, repeats)
+
+
+def test_order_states_a_useful_resolution_and_none_where_it_would_stay_undecided():
+    for replicates, noise, smallest, largest in (
+        (20, 0.01, 0.02, 0.15),
+        (20, 0.05, 0.1, 0.6),
+        (5, 1.0, math.inf, math.inf),
+    ):
+        found = statistics.order(STEPS, power_law(1.0, 1, replicates, noise), claimed=1.0, alpha=1e-3)
+        assert smallest <= found.resolution <= largest
+        assert found.resolution > found.reach
+
+
 def test_order_names_what_is_wrong():
     for shape in ((4, 6), (5, 5), (6,)):
         with pytest.raises(ValueError, match=r"expected \(replicates >= 5, levels >= 4\)"):
@@ -419,6 +469,19 @@ def test_paired_agrees_with_scipy():
     ours, theirs = statistics.paired(x, y, alpha=0.01), stats.ttest_rel(x, y).confidence_interval(0.99)
     assert (ours.lower, ours.upper) == pytest.approx((theirs.low, theirs.high), rel=1e-9)  # two routes to Student's t
     assert ours.n == 9
+
+
+@pytest.mark.parametrize("n", [5, 8, 30])
+@pytest.mark.parametrize("alpha", [0.05, 1e-4])
+def test_paired_sees_a_mean_at_its_resolution_on_fresh_seeds(alpha: float, n: int):
+    rng, repeats, found, idle = np.random.default_rng(12), 1000, 0, 0
+    for _ in range(repeats):
+        stated = statistics.paired(rng.normal(size=n), np.zeros(n), alpha=alpha).resolution
+        fresh = rng.normal(size=n)
+        found += statistics.paired(fresh - stated, np.zeros(n), alpha=alpha).upper < 0
+        idle += statistics.paired(fresh - stated / 4, np.zeros(n), alpha=alpha).upper < 0
+    assert found >= fewest(0.9, repeats)
+    assert idle <= repeats / 2  # a quarter of it is not seen
 
 
 def test_paired_names_what_is_wrong():

@@ -7,6 +7,7 @@ serves both, and the only thing that differs is the value that `Context.pick` re
 
 from __future__ import annotations
 
+import difflib
 import enum
 import hashlib
 import math
@@ -23,7 +24,14 @@ EFFORT: dict[str, int] = {"quick": 1, "standard": 8, "deep": 64}
 """Multiplier of sample sizes and search effort for each budget."""
 
 LEDGER_KINDS = ("statistical", "rate", "trained")
-"""Kinds whose verdict is random: they share the suite's false-alarm budget."""
+"""Kinds that are decided by a test at a level: they share the suite's false-alarm budget.
+
+The budget covers these tests and nothing else.  A claim of another kind that draws its inputs at random, and a trained
+claim that is decided by a list of cases instead of a test, make no error of a known rate and are not covered.
+"""
+
+NEEDS = ("gpu", "arviz", "blackjax", "genjax", "hypothesis", "matplotlib", "neural_tangents", "pyamg")
+"""What a claim may declare that it needs: a GPU, or an optional package by the name it is imported by."""
 
 
 class Verdict(enum.StrEnum):
@@ -86,7 +94,8 @@ class Outcome:
     resolution: float | None = None
     """Smallest violation that this run would have caught with probability at least 0.9."""
     validity: str = "exact"
-    """How far the evidence reaches: "proof", "exact", "finite-sample" or "asymptotic"."""
+    """How far the evidence reaches: "proof"; "exact", nothing was left to chance; "searched", the worst of what was
+    looked at, and elsewhere it may be worse; "finite-sample", a test exact at every sample size; or "asymptotic"."""
     witness: Any = None
     """Worst input, simplified and printable."""
     counterexample: str | None = None
@@ -131,7 +140,7 @@ class Claim:
 
     @property
     def on_ledger(self) -> bool:
-        """Whether the claim takes a share of the suite's false-alarm budget."""
+        """Whether the claim takes a share of the suite's false-alarm budget; see `LEDGER_KINDS` for what it covers."""
         return self.checkable and self.kind in LEDGER_KINDS
 
     def items(self) -> list[tuple[Role, str | None]]:
@@ -172,13 +181,14 @@ def claim(
     falsified version of the claim which the same check must reject, obtained by `ctx.pick(value, name=...)`.
     A claim known to be false as printed has `expect="refuted"` and at least one entry in `repairs`, a corrected
     version which the same check must accept; otherwise a check that rejects everything would look like a finding.
-    `needs` names optional packages ("neural_tangents", "genjax") or "gpu".  `budget` is the smallest
+    `needs` lists what must be there, of `NEEDS`.  `budget` is the smallest
     budget that can decide the claim; below it the claim is inconclusive without failing the suite.
-    `resolution` is the violation that a statistical check must be able to see.
+    `resolution` is the violation that the check must be able to see, in the units of its test: compulsory for
+    statistical claims, optional for rates (a difference of orders) and trained ones (of the compared figure).
 
-    Raises ClaimError if there is no negative control, or a field has a value outside its list.
+    Raises ClaimError if there is no negative control, a field has a value outside its list, or the resolution is missing.
     """
-    repairs = dict(repairs or {})
+    repairs, needs = dict(repairs or {}), tuple(needs)
     where = f"claim {paper.stem}:{number}"
     if kind not in get_args(Kind):
         raise ClaimError(f"{where}: kind is {kind!r}; expected one of {', '.join(get_args(Kind))}")
@@ -186,6 +196,20 @@ def claim(
         raise ClaimError(f"{where}: expect is {expect!r}; expected 'holds' or 'refuted'")
     if budget not in EFFORT:
         raise ClaimError(f"{where}: budget is {budget!r}; expected one of {', '.join(EFFORT)}")
+    for need in needs:
+        if need not in NEEDS:
+            near = difflib.get_close_matches(need, NEEDS, n=1, cutoff=0.0)[0]
+            raise ClaimError(f"{where}: needs {need!r}; expected one of {', '.join(NEEDS)} (nearest: {near})")
+    if resolution is None and kind == "statistical":
+        raise ClaimError(
+            f"{where}: a statistical claim must say what it has to see; add resolution=..., the smallest violation that "
+            "matters, in the units of its test"
+        )
+    if resolution is not None and (kind not in LEDGER_KINDS or not 0 < resolution < math.inf):
+        raise ClaimError(
+            f"{where}: resolution is {resolution!r} for kind {kind!r}; expected a positive number, for the kinds "
+            f"{', '.join(LEDGER_KINDS)} only"
+        )
     if not controls:
         raise ClaimError(
             f"{where} has no negative control; name at least one falsified version that its check must reject, "
@@ -213,7 +237,7 @@ def claim(
             source,
             blind_spot,
             expect,
-            tuple(needs),
+            needs,
             budget,
             resolution,
         )
@@ -233,7 +257,16 @@ def not_checkable(
 def decide(claim: Claim, outcome: Outcome, alpha: float) -> tuple[Verdict, str]:
     """The verdict on one run and the reason in words.  `alpha` is this item's share of the false-alarm budget."""
     if not (math.isfinite(outcome.margin) and math.isfinite(outcome.tolerance)):
-        return Verdict.ERROR, f"margin {outcome.margin}, tolerance {outcome.tolerance}: not finite"
+        at = "" if outcome.witness is None else f" at the input {shortened(outcome.witness)}"
+        return Verdict.ERROR, f"margin {outcome.margin}, tolerance {outcome.tolerance}: not finite{at}"
+    if outcome.log_e is not None and outcome.p is not None:
+        return Verdict.ERROR, f"evidence is given twice: log_e {outcome.log_e}, p {outcome.p}; expected one of the two"
+    if claim.kind != "statistical" and not (outcome.log_e is None and outcome.p is None):
+        return (
+            Verdict.ERROR,
+            f"the check returned evidence (log_e {outcome.log_e}, p {outcome.p}), which does not decide a claim of kind "
+            f"{claim.kind!r}; make the claim statistical, or return no evidence",
+        )
     if outcome.undecided:
         return Verdict.INCONCLUSIVE, outcome.undecided
     match claim.kind:
@@ -249,7 +282,15 @@ def decide(claim: Claim, outcome: Outcome, alpha: float) -> tuple[Verdict, str]:
             accepted, rejected = Verdict.HOLDS, Verdict.REFUTED
     if outcome.margin < -outcome.tolerance:
         return rejected, f"violated by {-outcome.margin:.3g} (tolerance {outcome.tolerance:.1g})"
+    if claim.resolution is not None and (blind := _blind(claim.resolution, outcome)):
+        return blind
     return accepted, f"worst margin {outcome.margin:.3g} (tolerance {outcome.tolerance:.1g})"
+
+
+def shortened(value: Any, most: int = 200) -> str:
+    """`repr(value)`, cut to `most` characters."""
+    text = repr(value)
+    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def _decide_statistical(claim: Claim, outcome: Outcome, alpha: float) -> tuple[Verdict, str]:
@@ -264,11 +305,22 @@ def _decide_statistical(claim: Claim, outcome: Outcome, alpha: float) -> tuple[V
         rejected, evidence = outcome.p < alpha, f"p = {outcome.p:.2g}"
     if rejected:
         return Verdict.REFUTED, f"{evidence} against the claim at level {alpha:.2g}"
-    if outcome.resolution is None or not math.isfinite(outcome.resolution):
-        return Verdict.ERROR, "a statistical check that does not reject must state its resolution"
-    if claim.resolution is not None and outcome.resolution > claim.resolution:
+    assert claim.resolution is not None
+    if blind := _blind(claim.resolution, outcome):
+        return blind
+    return Verdict.CONSISTENT, f"{evidence}, not rejected at level {alpha:.2g}; would see {outcome.resolution:.2g}"
+
+
+def _blind(asked: float, outcome: Outcome) -> tuple[Verdict, str] | None:
+    """The verdict if the run could not have seen a violation of the size `asked` for; None if it could."""
+    if outcome.resolution is None or math.isnan(outcome.resolution):
+        return (
+            Verdict.ERROR,
+            f"a check that must see a violation of {asked:.2g} and does not reject must state its resolution",
+        )
+    if outcome.resolution > asked:
         return (
             Verdict.INCONCLUSIVE,
-            f"resolution {outcome.resolution:.2g} is coarser than the {claim.resolution:.2g} asked for; use more samples",
+            f"resolution {outcome.resolution:.2g} is coarser than the {asked:.2g} asked for; use more samples",
         )
-    return Verdict.CONSISTENT, f"{evidence}, not rejected at level {alpha:.2g}; would see {outcome.resolution:.2g}"
+    return None

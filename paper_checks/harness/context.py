@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from paper_checks.harness import proof, search, statistics
-from paper_checks.harness.claim import EFFORT, Budget, Claim, ClaimError, Outcome
+from paper_checks.harness.claim import EFFORT, Budget, Claim, ClaimError, Outcome, shortened
 
 
 class Replayed(Exception):
@@ -37,6 +37,8 @@ class Context:
     alpha: float
     control: str | None = None
     replay: Any = None
+    seed: int = 0
+    """The seed that the keys were made of, for the code that repeats this run."""
     picked: set[str] = field(default_factory=set, compare=False)
 
     @property
@@ -71,6 +73,7 @@ class Context:
         examples: int = 12,
         high: Callable[..., float] | None = None,
         tolerance: tuple[float, str] | None = None,
+        valid: Callable[[Any], jax.Array] | None = None,
         paste: Callable[..., str] | None = None,
         ratio: bool = True,
         **options: Any,
@@ -78,12 +81,16 @@ class Context:
         """Search for the worst input of a bound; see `search.worst` for the arguments.
 
         `violation` is left side / right side - 1 (then tightness is 1 + violation), or any dimensionless violation with
-        `ratio=False`.  `paste(x, *constants)` returns Python code, ending in an assert that fails, for the report.
+        `ratio=False`.  Every real value of the floating leaves of an input must be legal, or `valid(x)` must say which are.
+        `paste(x, *constants)` returns Python code, ending in an assert that fails, for the report.
         """
         if self.replay is not None:
             x = search.restored(self.replay, draw, structures)
-            exact = high(x, *constants) if high else float(violation(jax.tree.map(jnp.asarray, x), *constants))
-            raise Replayed(float(exact))
+            if valid is not None and not bool(valid(jax.tree.map(jnp.asarray, x))):
+                raise ValueError(f"the witness {shortened(self.replay)} is no legal input: `valid` is false there")
+            if high is not None:
+                raise Replayed(search.in_high(high, x, constants))
+            raise Replayed(float(violation(jax.tree.map(jnp.asarray, x), *constants)))
         found = search.worst(
             violation,
             draw,
@@ -96,12 +103,13 @@ class Context:
             restarts=32 * min(self.effort, 8),
             high=high,
             tolerance=tolerance,
+            valid=valid,
             **options,
         )
         witness = search.printable(found.x)
         code = None
         if found.violation > found.tolerance:
-            code = paste(found.x, *constants) if paste else _replay_code(self.claim.id, self.control, witness)
+            code = paste(found.x, *constants) if paste else self._replay_code(witness)
         quantity = "left side / right side" if ratio else "violation"
         shift = 1.0 if ratio else 0.0
         return Outcome(
@@ -110,6 +118,7 @@ class Context:
             tolerance_reason=found.tolerance_reason,
             tightness=1 + found.violation if ratio else None,
             n=found.evaluations,
+            validity="searched",
             search={
                 "structures": found.structures,
                 "evaluations": found.evaluations,
@@ -163,19 +172,31 @@ class Context:
         tolerance_reason: str = "",
         **fields: Any,
     ) -> Outcome:
-        """A finite list of named slacks that must all be non-negative; the smallest is the margin."""
+        """A finite list of named slacks that must all be non-negative; the smallest is the margin.
+
+        A tolerance needs its reason.  The evidence is called "exact" for kinds exact and symbolic and "searched" for the
+        others, whose cases are samples of more; `validity="exact"` says that the list is complete and nothing random.
+        """
         if not slacks:
             raise ClaimError(f"{self.claim.id}: ctx.cases needs at least one case")
+        if tolerance > 0 and not tolerance_reason.strip():
+            raise ClaimError(f"{self.claim.id}: ctx.cases has the tolerance {tolerance:g} without a tolerance_reason")
         values = {name: float(v) for name, v in slacks.items()}
         nan = [name for name, v in values.items() if math.isnan(v)]
         if nan:
             raise FloatingPointError(f"slack is NaN in the case {nan[0]!r}")
         name = min(values, key=values.__getitem__)
         if self.replay is not None:
-            raise Replayed(-values[name])
-        fields = {"n": len(values), **fields}
+            asked = self.replay.get("case") if isinstance(self.replay, Mapping) else self.replay
+            if asked not in values:
+                raise ValueError(
+                    f"the witness is {shortened(self.replay)}; expected one of the cases {', '.join(values)}"
+                )
+            raise Replayed(-values[asked])
+        validity = "exact" if self.claim.kind in ("exact", "symbolic") else "searched"
+        fields = {"n": len(values), "validity": validity, **fields}
         if values[name] < -tolerance and "counterexample" not in fields:
-            fields["counterexample"] = _replay_code(self.claim.id, self.control, name)
+            fields["counterexample"] = self._replay_code({"case": name})
         return Outcome(
             margin=values[name],
             tolerance=tolerance,
@@ -188,18 +209,25 @@ class Context:
 
     def proved(self, *residuals: Any, note: str = "") -> Outcome:
         """Each sympy expression must be identically zero."""
+        if not residuals:
+            raise ClaimError(f"{self.claim.id}: ctx.proved needs at least one residual")
         result = proof.all_vanish(residuals)
         if self.replay is not None:
             raise Replayed(result.size)
+        if not result.zero:
+            found = "a residual is not zero"
+        elif result.proved:
+            found = f"{len(residuals)} residuals reduced to zero"
+        else:
+            found = f"{len(residuals)} residuals vanish at all points tried, which is no proof"
+        witness = {"residual": result.shown}
         return Outcome(
             margin=0.0 if result.zero else -max(result.size, 1e-300),
             n=len(residuals),
-            validity="proof" if result.proved else "finite-sample",
-            note=note or f"{len(residuals)} residuals reduced to zero",
-            witness=None if result.zero else {"residual": result.shown},
-            counterexample=None
-            if result.zero
-            else _replay_code(self.claim.id, self.control, {"residual": result.shown}),
+            validity="proof" if result.proved else "searched",
+            note=f"{found}; {note}" if note else found,
+            witness=None if result.zero else witness,
+            counterexample=None if result.zero else self._replay_code(witness),
         )
 
     # -- statistical, rate, trained ------------------------------------------------------------------------------
@@ -262,7 +290,7 @@ class Context:
             if slope.verdict != "rival"
             else -abs(slope.order - claimed),
             n=int(np.size(errors)),
-            resolution=slope.reach,
+            resolution=slope.resolution,
             validity="asymptotic",
             our_value=slope.order,
             paper_value=claimed,
@@ -288,7 +316,7 @@ class Context:
         return Outcome(
             margin=a.lower - by if not straddles else a.mean - by,
             n=a.n,
-            resolution=a.upper - a.lower,
+            resolution=a.resolution,
             validity="asymptotic",
             our_value=a.mean,
             note=f"mean paired difference {a.mean:.3g}, interval [{a.lower:.3g}, {a.upper:.3g}] at level {self.alpha:.1g}",
@@ -306,20 +334,37 @@ class Context:
             p=e.p,
             resolution=e.resolution,
             validity=e.validity,
+            note=e.note,
             our_value=e.statistic,
             paper_value=e.expected,
             witness={"statistic": e.statistic, "expected": e.expected},
         )
 
+    # -- code for the reader -----------------------------------------------------------------------------------
 
-def _replay_code(claim_id: str, control: str | None, witness: Any) -> str:
-    version = f", control={control!r}" if control else ""
-    return (
-        "from paper_checks import replay\n\n"
-        f"witness = {witness!r}\n"
-        f"violation = replay({claim_id!r}, witness{version})\n"
-        'assert violation <= 0, f"violated by {violation:.3g}"\n'
-    )
+    def _replay_code(self, witness: Any) -> str:
+        """Code that shows the violation at `witness`; what a check computes may depend on its budget and seed."""
+        given = {"control": self.control, "budget": self.budget, "seed": self.seed}
+        usual = {"control": None, "budget": "quick", "seed": 0}
+        options = "".join(f", {name}={value!r}" for name, value in given.items() if value != usual[name])
+        return (
+            "from paper_checks import replay\n\n"
+            f"witness = {witness!r}\n"
+            f"violation = replay({self.claim.id!r}, witness{options})\n"
+            'assert violation <= 0, f"violated by {violation:.3g}"\n'
+        )
+
+    def run_code(self) -> str:
+        """Code that repeats the whole run, for evidence that no single input shows."""
+        chosen = f".controls[{self.control!r}]" if self.control in self.claim.controls else ".runs[0]"
+        if self.control in self.claim.repairs:
+            chosen = f".runs[{[name for _, name in self.claim.items()].index(self.control)}]"
+        return (
+            "from paper_checks import run\n\n"
+            f"result = run({self.claim.id!r}, budget={self.budget!r}, seed={self.seed}, suite_alpha={self.alpha!r})\n"
+            f"found = result{chosen}\n"
+            'assert found.verdict not in ("refuted", "not reproduced"), found.reason\n'
+        )
 
 
 @functools.lru_cache(maxsize=256)

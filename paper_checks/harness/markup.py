@@ -59,10 +59,10 @@ def count(n: int, one: str, many: str | None = None) -> str:
 
 
 def number(value: float | None) -> str:
-    """A number to three digits with a real minus sign and powers of ten; a dash if there is none."""
+    """A number to three digits with a real minus sign and powers of ten (-0 is 0); a dash if there is none."""
     if value is None:
         return "–"
-    mantissa, _, power = f"{value:.3g}".replace("-", "−").partition("e")
+    mantissa, _, power = f"{value + 0.0:.3g}".replace("-", "−").partition("e")
     if not power:
         return mantissa
     exponent = str(int(power.replace("−", "-"))).replace("-", "−")
@@ -72,7 +72,7 @@ def number(value: float | None) -> str:
 def quoted(value: Any) -> str:
     """A value beside the paper's: numbers to six digits, text as it is."""
     if isinstance(value, (int, float)):
-        return f"{value:.6g}".replace("-", "−")
+        return f"{value + 0.0:.6g}".replace("-", "−")
     return "–" if value is None else e(value)
 
 

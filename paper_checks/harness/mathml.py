@@ -50,7 +50,7 @@ _LONG = 48  # characters of LaTeX above which a formula may be broken before a r
 
 
 def text(words: str) -> str:
-    """`words` as HTML: formulas between dollar signs as MathML, everything else escaped.
+    """`words` as HTML: formulas between dollar signs as MathML, everything else escaped (<= and >= as one sign).
 
     A formula that cannot be translated is shown as its LaTeX source; nothing here raises.
     """
@@ -82,7 +82,7 @@ class _Untranslatable(ValueError):
 
 
 def _plain(words: str) -> str:
-    return html.escape(words.replace(r"\$", "$"))
+    return html.escape(words.replace(r"\$", "$").replace("<=", "≤").replace(">=", "≥"))
 
 
 def _pieces(latex: str) -> Iterator[str]:

@@ -34,11 +34,23 @@ def find_device(platform: str | None) -> jax.Device:
     try:
         return jax.devices(platform)[0] if platform else jax.devices()[0]
     except RuntimeError as error:
-        present = ", ".join(sorted({d.platform for d in jax.devices()}))
+        if platform is None:
+            raise DeviceError(
+                f"{_no_device()}; unset or correct JAX_PLATFORMS, or install the JAX build for it"
+            ) from error
+        try:
+            present = f"it sees: {', '.join(sorted({d.platform for d in jax.devices()}))}"
+        except RuntimeError:
+            present = _no_device()
         raise DeviceError(
-            f"--device {platform}: JAX sees no such device here (it sees: {present}); install the JAX build for it, "
+            f"--device {platform}: JAX sees no such device here ({present}); install the JAX build for it, "
             "or choose another device"
         ) from error
+
+
+def _no_device() -> str:
+    asked = getattr(jax.config, "jax_platforms", None)
+    return "JAX can start no device at all here" + (f", being told to use {asked!r} only" if asked else "")
 
 
 def claim_platform(platform: str | None) -> None:

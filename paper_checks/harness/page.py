@@ -12,6 +12,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from paper_checks.harness.claim import LEDGER_KINDS
 from paper_checks.harness.markup import (
     CHIPS,
     chip,
@@ -32,7 +33,6 @@ from paper_checks.harness.mathml import text
 from paper_checks.harness.stylesheet import FRAGMENT, PAGE
 
 Record = Mapping[str, Any]
-RANDOM_KINDS = ("statistical", "rate", "trained")
 NO_MATPLOTLIB = "Figures are left out: matplotlib is not installed where this page was written."
 
 
@@ -70,9 +70,11 @@ def fragment(claim: Record) -> str:
 
 def _header(document: Record, false_alarm: float) -> str:
     settings, environment, claims = document["settings"], document["environment"], document["claims"]
-    alarm = f"probability at most {number(false_alarm)} in the whole report"
+    alarm = f"probability at most {number(false_alarm)} that any true one of the claims decided by a test is refuted"
     if false_alarm > settings["suite_alpha"] * (1 + 1e-9):  # merged parts that each spent the whole allowance
         alarm += f" ({number(settings['suite_alpha'])} in each part)"
+    if loose := [c for c in claims if _asymptotic(c)]:
+        alarm += f"; only asymptotically for {', '.join(_link(c) for c in loose)}"
     version = [v for v in (environment["proofstone"], environment["commit"]) if v]
     pairs = [
         ("Run", moment(document["created"])),
@@ -85,12 +87,12 @@ def _header(document: Record, false_alarm: float) -> str:
     papers = count(len({c["paper"] for c in claims}), "paper")
     lead = f"{count(len(claims), 'claim')} of {papers}, each checked beside falsified versions of itself."
     return (
-        f'<header><h1>Claim report</h1><p class="lead">{lead}</p>{_state(document)}'
+        f'<header><h1>Claim report</h1><p class="lead">{lead}</p>{_state(document, _absent(document))}'
         f'<div class="columns">{facts(pairs)}</div></header>\n'
     )
 
 
-def _state(document: Record) -> str:
+def _state(document: Record, absent: int) -> str:
     claims = document["claims"]
     wrong = [c for c in claims if not c["ok"]]
     if wrong:
@@ -104,13 +106,15 @@ def _state(document: Record) -> str:
         words += f" {count(undecided, 'claim')} could not be decided here, for the reason given with each."
     if not document["complete"]:
         kind = "doubt" if kind == "good" else kind
-        words += " <strong>The run was interrupted: this report is a part.</strong>"
+        words += " <strong>The run was interrupted: a part of what was selected is missing.</strong>"
+    elif absent and claims:
+        words += f" {count(absent, 'more claim')} of the same papers: not selected, or without a check so far."
     return f'<p class="state {kind}">{words}</p>'
 
 
 def _summary(papers: Record, grouped: Mapping[str, Sequence[Record]]) -> str:
     counts = {stem: _tally(papers[stem], claims) for stem, claims in grouped.items()}
-    columns = [v for v in [*CHIPS, "no check"] if any(v in c for c in counts.values())]
+    columns = [v for v in [*CHIPS, "not here"] if any(v in c for c in counts.values())]
     head = "".join(f'<th scope="col">{chip(v) if v in CHIPS else e(v)}</th>' for v in columns)
     rows = []
     for stem, tally in counts.items():
@@ -162,10 +166,11 @@ def _findings(claims: Sequence[Record]) -> str:
             became = f"{e(run['verdict'])}, margin {number(_outcome(run).get('margin'))}" if run else "not run"
             repairs.append(f"<li>{text(words)} ({became})</li>")
         instead = f"<h4>What holds instead</h4><ul>{''.join(repairs)}</ul>" if repairs else ""
-        witness = _counterexample(_run(claim, "claim"))
+        code = _outcome(_run(claim, "claim")).get("counterexample")
+        where = f"<p>{_link(claim, 'Evidence and counterexample' if code else 'Evidence')}</p>"
         entries.append(
             f"<article><h3>{_link(claim)} {text(claim['title'])}</h3>"
-            f'<p class="statement">{text(claim["statement"])}</p>{witness}{instead}</article>'
+            f'<p class="statement">{text(claim["statement"])}</p>{instead}{where}</article>'
         )
     does = "does" if len(found) == 1 else "do"
     return (
@@ -199,7 +204,7 @@ def _paper(stem: str, paper: Record, claims: Sequence[Record]) -> str:
         label = f"Tightness and margins of the claims of {paper['title']}, beside those of their controls"
         caption = (
             "Tightness and margin of each claim, beside the margins of its controls, which must be clearly negative. "
-            "A margin in a grey band cannot be told from zero with the samples drawn."
+            "A margin in a grey band cannot be told from zero: it lies within the tolerance, or the samples are too few."
         )
         figure = _figure({"overview": claims}, slug("overview", stem), label, caption)
     return (
@@ -213,7 +218,7 @@ def _claim(claim: Record) -> str:
     own = _run(claim, "claim")
     reason = f'<p class="reason">{e(claim["reason"])}</p>' if claim["reason"] else ""
     figure = _run_figure(claim, own, f"{claim['number']}: {claim['title']}")
-    body = f'<div class="{"two" if figure else "one"}">{facts(_facts(claim, own))}{figure}</div>'
+    body = f'<div class="beside">{figure}{facts(_facts(claim, own))}</div>'
     again = ""
     if any(run["outcome"] or run["error"] for run in claim["runs"]):
         again = f'<p class="rerun">Run it again: <code>{e(_command(claim, own))}</code></p>'
@@ -264,7 +269,7 @@ def _facts(claim: Record, own: Record | None) -> list[tuple[str, str]]:
 
 def _sign(claim: Record, margin: float, tolerance: float | None) -> str:
     """What the sign of a margin means; for a random claim it is an estimate, and the evidence decides."""
-    if claim["kind"] in RANDOM_KINDS:
+    if claim["kind"] in LEDGER_KINDS:
         return " (estimated)"
     if margin >= 0:
         return " (not violated)"
@@ -287,7 +292,7 @@ def _evidence(claim: Record, run: Record, outcome: Record) -> str:
         words.append(f"log e = {number(outcome['log_e'])} against the claim{bound}")
     if outcome.get("p") is not None:
         words.append(f"p = {number(outcome['p'])}")
-    if outcome and run.get("alpha") and claim["kind"] in RANDOM_KINDS:
+    if outcome and run.get("alpha") and claim["kind"] in LEDGER_KINDS:
         words.append(level(run["alpha"]))
     return ", ".join(words)
 
@@ -356,6 +361,23 @@ def _outcome(run: Record | None) -> Record:
     return (run or {}).get("outcome") or {}
 
 
+def _asymptotic(claim: Record) -> bool:
+    """Whether a test decided the claim at a level that holds only in the limit of many samples or small steps."""
+    return claim["kind"] in LEDGER_KINDS and _outcome(_run(claim, "claim")).get("validity") == "asymptotic"
+
+
+def _absent(document: Record) -> int:
+    """Claims of the papers in the document that have no record in it."""
+    here = {(c["paper"], c["number"]) for c in document["claims"]}
+    return sum((stem, n) not in here for stem, paper in document["papers"].items() for n in paper["claims"])
+
+
+def _flat(spec: Record) -> bool:
+    """Whether lines are all that there is to see, and level to a billionth: less than any eye or axis resolves."""
+    heights = [y for line in spec.get("lines") or [] for y in line["y"] if y is not None]
+    return not spec.get("bars") and bool(heights) and max(heights) - min(heights) <= 1e-9 * max(map(abs, heights))
+
+
 def _link(claim: Record, words: str | None = None) -> str:
     return f'<a href="#{slug("claim", claim["id"])}">{e(words or claim["id"])}</a>'
 
@@ -364,6 +386,7 @@ def _passed(role: str, run: Record | None) -> str:
     if run is None or run["caught"] is None:
         return "–"
     good, bad = ("caught", "slipped through") if role == "control" else ("accepted", "rejected")
+    bad = {"error": "raised an error", "inconclusive": "not decided"}.get(run["verdict"], bad)
     return f'<b class="good">✓ {good}</b>' if run["caught"] else f'<b class="bad">✗ {bad}</b>'
 
 
@@ -383,7 +406,7 @@ def _command(claim: Record, own: Record | None) -> str:
     run = own or (claim["runs"] or [{}])[0]
     command = ["paper-checks", "run", claim["id"], "--budget", run.get("budget") or claim["budget"]]
     command += ["--seed", str(run.get("seed") or 0)]
-    if claim["kind"] in RANDOM_KINDS and run.get("alpha") and run["alpha"] != 1e-3:
+    if claim["kind"] in LEDGER_KINDS and run.get("alpha") and run["alpha"] != 1e-3:
         command += ["--suite-alpha", f"{run['alpha']:.6g}"]  # run alone, a claim has the whole allowance to itself
     return shlex.join([*command, *_device((run.get("device") or "").split(":")[0])])
 
@@ -398,7 +421,7 @@ def _tally(paper: Record, claims: Sequence[Record]) -> dict[str, int]:
         counts[_verdict(claim)] = counts.get(_verdict(claim), 0) + 1
     coded = {c["number"] for c in claims}
     if absent := sum(number not in coded for number in paper["claims"]):
-        counts["no check"] = absent
+        counts["not here"] = absent
     return counts
 
 
@@ -412,7 +435,7 @@ def _can_draw() -> bool:
 
 def _run_figure(claim: Record, run: Record | None, caption: str) -> str:
     spec = _outcome(run).get("figure")
-    if not spec or run is None:
+    if not spec or run is None or _flat(spec):
         return ""
     return _figure(spec, slug("figure", f"{claim['id']}:{run['role']}:{run['name'] or ''}"), caption, caption)
 

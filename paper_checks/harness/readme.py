@@ -15,9 +15,9 @@ BEGIN, END = "<!-- papers: begin -->", "<!-- papers: end -->"
 
 
 def table() -> str:
-    """Markdown: one row a paper; claims that hold, are refuted as printed, cannot be checked, have no check yet."""
+    """Markdown: one row a paper; claims that hold, are recorded as false, cannot be checked, have no check yet."""
     rows = [
-        "| paper | claims | hold | refuted as printed | not checkable | not yet | negative controls |",
+        "| paper | claims | hold | recorded as false | not checkable | not yet | negative controls |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for stem in stems():

@@ -15,14 +15,14 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from paper_checks.harness.claim import LEDGER_KINDS
+
 SCHEMA = "proofstone-report"
 VERSION = 1
-LEDGER_KINDS = ("statistical", "rate", "trained")
-"""Kinds of claims that share the false-alarm budget of a run."""
 
 Document = dict[str, Any]
 
@@ -107,6 +107,41 @@ def merge(documents: Iterable[Document]) -> Document:
     }
 
 
+def joined(document: Document, directory: str | os.PathLike[str], selected: Collection[str]) -> tuple[Document, str]:
+    """The document to write to a folder, and a sentence on the report that stands there (empty: nothing to say).
+
+    A complete report made alike (budget, seed, suite_alpha, device and environment) keeps its other claims, so that a
+    run of one claim, or one that was stopped, does not cost the rest; it is complete if all `selected` claims are in it.
+    Any other report is replaced, and so is the old result of a claim that ran anew, unless only a part of its controls
+    ran and showed nothing wrong.
+    """
+    path = Path(directory) / "report.json"
+    if not path.exists():
+        return document, ""
+    try:
+        document = sanitize(document)
+        check(document)
+        earlier = read_json(path)
+    except (OSError, ValueError) as problem:
+        return document, f"the earlier report was replaced: {problem}"
+    differing = [name for name in _ASKED if document["settings"][name] != earlier["settings"][name]]
+    differing += ["environment"] if document["environment"] != earlier["environment"] else []
+    if differing or not earlier["complete"]:
+        why = f"other {', '.join(differing)}" if differing else "it was interrupted"
+        ran = {claim["id"] for claim in document["claims"]}
+        lost = differing or any(claim["id"] not in ran for claim in earlier["claims"])
+        when = f"the earlier report, of {earlier['created']}, was replaced: {why}"
+        return document, when if lost else ""
+    held = {claim["id"] for claim in earlier["claims"]}
+    news = [c for c in document["claims"] if c["id"] not in held or not c["ok"] or _whole(c)]
+    whole = merge([{**earlier, "created": document["created"]}, {**document, "claims": news}])
+    there = {claim["id"] for claim in whole["claims"] if _whole(claim)}
+    whole["complete"] = document["complete"] or there.issuperset(selected)
+    kept = len(whole["claims"]) - len(news)
+    sentence = f"joined with the report of {earlier['created']} made alike, which keeps {kept} other claims"
+    return whole, sentence if kept else ""
+
+
 def compare(document: Document, previous: Document, *, factor: float = 2.0) -> list[Change]:
     """What got worse or changed since `previous`, in the order of `document`.
 
@@ -135,7 +170,7 @@ def compare(document: Document, previous: Document, *, factor: float = 2.0) -> l
 
 
 def false_alarm_bound(document: Document) -> float:
-    """Probability, at most, that any true random claim of the document is called refuted: the sum of their levels."""
+    """Probability, at most, that a true claim of the document decided by a test is called refuted: the sum of levels."""
     levels = {
         claim["id"]: run["alpha"] or 0.0
         for claim in document["claims"]
@@ -211,6 +246,8 @@ def write_atomically(path: str | os.PathLike[str], text: str) -> None:
     target = Path(os.path.realpath(path))  # a link stays a link
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
     try:
+        if target.exists() and not target.is_file():  # renaming would put a file in the place of a device
+            raise OSError(errno.EINVAL, "it is not a regular file")
         # "x" never follows a link that somebody put there; lone surrogates (odd file names) become \\udcXX
         with open(temporary, "x", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
             file.write(text)
@@ -238,7 +275,13 @@ def ensure_writable(directory: str | os.PathLike[str]) -> Path:
         (folder / ".writable").unlink(missing_ok=True)
     except OSError as error:
         cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
-        what = f"cannot write to the report folder {folder} ({cause.strerror}); choose another one"
+        nearest = next(p for p in (folder, *folder.absolute().parents) if os.path.exists(p))
+        why = cause.strerror
+        if not nearest.is_dir():
+            why = f"{nearest} is not a folder"
+        elif nearest != folder:
+            why = f"no folder can be made in {nearest}: {why}"
+        what = f"cannot write to the report folder {folder} ({why}); choose another one"
         raise OSError(error.errno or errno.EIO, what) from error
     return folder
 
@@ -332,6 +375,14 @@ def _violation(value: Any, rule: Any, definitions: Mapping[str, Any], place: str
     else:
         return None
     return next((bad for where, v, r in inner if (bad := _violation(v, r, definitions, where))), None)
+
+
+_ASKED = ("budget", "seed", "suite_alpha", "device")
+
+
+def _whole(claim: Mapping[str, Any]) -> bool:
+    """Whether the claim, its controls and its repairs were all run."""
+    return len(claim["runs"]) >= 1 + len(claim["controls"]) + len(claim["repairs"])
 
 
 def _merged_settings(settings: Sequence[Mapping[str, Any]], claims: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ refutation included; hence every stage is dimensioned for power `STAGE_POWER`.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -32,6 +33,8 @@ class Evidence(NamedTuple):
     log_e: float | None = None
     p: float | None = None
     validity: str = "finite-sample"
+    note: str = ""
+    """What `resolution` does not say by itself: its units, or a side that cannot be seen."""
 
 
 def _sample(x: object, name: str) -> np.ndarray:
@@ -78,7 +81,11 @@ def mean(x: object, expected: float, *, low: float, high: float, alpha: float, o
 
 
 def proportion(successes: int, n: int, expected: float, *, alpha: float) -> Evidence:
-    """P(success) = expected, exact two-sided binomial test.  Resolution is a shift of the probability."""
+    """P(success) = expected, exact two-sided binomial test.  Resolution is a shift of the probability.
+
+    Where one side cannot be seen (the deficit of an event that is rare among n trials), the resolution is that of the
+    other side and the note says so.
+    """
     if not 0 < expected < 1:
         raise ValueError(f"proportion: expected is {expected}; it must lie strictly between 0 and 1")
     if not 0 <= successes <= n or n < 1:
@@ -98,7 +105,11 @@ def proportion(successes: int, n: int, expected: float, *, alpha: float) -> Evid
     down = expected - optimize.brentq(missed_below, 1e-15, expected) if missed_below(1e-15) < 0 else math.inf
     # Rare events: a deficit may be invisible at any size while an excess is not; the resolution names what can be seen.
     resolution = max(s for s in (up, down) if math.isfinite(s)) if min(up, down) < math.inf else math.inf
-    return Evidence(successes / n, expected, float(resolution), n, p=p)
+    note = ""
+    if math.isfinite(resolution) and not (math.isfinite(up) and math.isfinite(down)):
+        side, other = ("above", "below") if math.isfinite(down) else ("below", "above")
+        note = f"a probability {side} {expected:g} cannot be told apart at any size with n = {n}; the resolution is for {other}"
+    return Evidence(successes / n, expected, float(resolution), n, p=p, note=note)
 
 
 def law(x: object, cdf: Callable[[np.ndarray], np.ndarray], *, alpha: float) -> Evidence:
@@ -130,7 +141,9 @@ def same_law(x: object, y: object, *, key: jax.Array, alpha: float) -> Evidence:
     The first half of the samples learns where x and y differ (an MMD witness with Gaussian kernels of five
     widths, squashed to [-1, 1]); the second half bets that the witness has the same mean under both.  A
     permutation test, the usual choice, has no p-value below 1/(B+1) and would need millions of permutations at the
-    levels of a shared false-alarm budget.  Statistic and resolution are differences of the mean of the witness.
+    levels of a shared false-alarm budget.  Statistic and resolution are half the difference of the mean of that witness
+    between the two laws, a number in [-1, 1]: the power 0.9 is for laws that the learned witness separates by so much, and
+    says nothing of laws that it does not separate, however different they are.
     """
     a, b = _points(x, "x"), _points(y, "y")
     if a.shape[1] != b.shape[1]:
@@ -159,7 +172,8 @@ def same_law(x: object, y: object, *, key: jax.Array, alpha: float) -> Evidence:
     centre = float(reference.mean())
     difference = (np.tanh((fa - centre) / spread) - np.tanh((fb - centre) / spread)) / 2
     found = mean(difference, 0.0, low=-1.0, high=1.0, alpha=alpha)
-    return found._replace(n=n)
+    units = "half the difference of the mean of a learned witness in [-1, 1]"
+    return found._replace(n=n, note=f"statistic and resolution are {units}")
 
 
 def _points(x: object, name: str) -> np.ndarray:
@@ -172,6 +186,11 @@ def _points(x: object, name: str) -> np.ndarray:
     return a
 
 
+NOT_ASYMPTOTIC = 0.25
+"""Half width and drift of the local slopes, half the distance of neighbouring orders: above it a curve that moves towards
+the claimed order is undecided instead of rejected."""
+
+
 class Slope(NamedTuple):
     """The order of convergence seen in errors on a grid of steps."""
 
@@ -180,6 +199,9 @@ class Slope(NamedTuple):
     drift: float
     reach: float
     """How far from `order` the asymptotic order may lie: half width and what the drift may still add."""
+    resolution: float
+    """Smallest d such that errors multiplied by steps^d or steps^-d, on fresh randomness, are rejected with probability
+    0.9, the repetition included; infinite where such errors would still pass for not asymptotic."""
     local: tuple[float, ...]
     verdict: str
     """ "claimed", "rival" (a neighbouring order fits and the claimed one does not) or "undecided"."""
@@ -226,20 +248,41 @@ def order(
     # of its last change still to go.  Half as much again, for the terms beyond the first.
     ratio = float(np.exp(np.min(np.diff(log_h))))
     reach = half + 1.5 * uncertain / (math.sqrt(ratio) - 1)
+    resolution = _order_resolution(abs(centre - claimed), reach, half, drift, finest, changes, float(ratio))
     contains = abs(centre - claimed) <= reach
     excluded = all(abs(centre - r) > reach for r in rivals)
     approaching = abs(averages[0] - claimed) < abs(averages[-1] - claimed) - 1e-12
     shown = tuple(float(a) for a in averages)
     words = f"order {centre:.3f} +- {half:.3f} (drift {drift:.3f}), local slopes {', '.join(f'{a:.2f}' for a in shown)}"
+    found = functools.partial(Slope, centre, half, drift, reach, resolution, shown)
     if contains and excluded:
-        return Slope(centre, half, drift, reach, shown, "claimed", words)
+        return found("claimed", words)
     if contains:
-        return Slope(
-            centre, half, drift, reach, shown, "undecided", f"{words}: does not exclude the neighbouring orders"
-        )
-    if approaching and half + 2 * drift > 0.25:
-        return Slope(centre, half, drift, reach, shown, "undecided", f"{words}: not asymptotic yet")
-    return Slope(centre, half, drift, reach, shown, "rival", f"{words}: excludes {claimed:g}")
+        return found("undecided", f"{words}: does not exclude the neighbouring orders")
+    if approaching and half + 2 * drift > NOT_ASYMPTOTIC:
+        return found("undecided", f"{words}: not asymptotic yet")
+    return found("rival", f"{words}: excludes {claimed:g}")
+
+
+def _order_resolution(
+    off: float, reach: float, half: float, drift: float, finest: np.ndarray, changes: np.ndarray, ratio: float
+) -> float:
+    """Shift of the order that a fresh set of replicates would show: past `reach`, from where the curve stands now.
+
+    Beyond `off` and `reach` themselves the shift must cover how much this run and a fresh one differ: in the centre, in the
+    half width and standard error (whose ratio squared is an F variable), and in the drift.  Independent parts add in
+    squares.
+    """
+    n = len(finest)
+    z = math.sqrt(2) * float(stats.t.isf(1 - STAGE_POWER, n - 1))
+    wider = math.sqrt(float(stats.f.isf(1 - STAGE_POWER, n - 1, n - 1))) - 1
+    per_drift = 1.5 / (math.sqrt(ratio) - 1)
+    error, of_change = finest.std(ddof=1) / math.sqrt(n), changes.std(ddof=1) / math.sqrt(n)
+    widths = wider * half + per_drift * 2 * wider * of_change
+    spread = math.sqrt((z * error) ** 2 + widths**2 + (per_drift * z * of_change) ** 2)
+    if (1 + wider) * (half + 2 * z * of_change) + 2 * drift > NOT_ASYMPTOTIC:
+        return math.inf
+    return float(off + reach + spread)
 
 
 class Advantage(NamedTuple):
@@ -248,6 +291,9 @@ class Advantage(NamedTuple):
     mean: float
     lower: float
     upper: float
+    resolution: float
+    """Smallest distance of the true mean from a stated value that fresh seeds would put outside their interval with
+    probability 0.9; asymptotic, as the interval is."""
     n: int
 
 
@@ -263,4 +309,8 @@ def paired(ours: Sequence[float], baseline: Sequence[float], *, alpha: float) ->
     if not np.all(np.isfinite(d)):
         raise FloatingPointError("paired: a run ended with a non-finite figure")
     half = float(stats.t.isf(alpha / 2, d.size - 1) * d.std(ddof=1) / math.sqrt(d.size))
-    return Advantage(float(d.mean()), float(d.mean()) - half, float(d.mean()) + half, int(d.size))
+    # As far as the interval reaches, more where fresh seeds vary more than these (ratio of variances: F), and their noise.
+    wider = math.sqrt(float(stats.f.isf(1 - STAGE_POWER, d.size - 1, d.size - 1))) - 1
+    noise = float(stats.t.isf(1 - STAGE_POWER, d.size - 1) * d.std(ddof=1) / math.sqrt(d.size))
+    resolution = half + math.hypot(wider * half, noise)
+    return Advantage(float(d.mean()), float(d.mean()) - half, float(d.mean()) + half, resolution, int(d.size))

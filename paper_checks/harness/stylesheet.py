@@ -24,8 +24,6 @@ h2 { font-size: 1.45rem; font-weight: 600; line-height: 1.25; margin: 3.2rem 0 0
   main { max-width: none; padding: 0; }
   html { font-size: 9.5pt; }
   h2 { margin-top: 2rem; }
-  section.paper { break-before: page; }
-  section.paper > h2 { margin-top: 0; }
 }
 """
 
@@ -63,8 +61,9 @@ FRAGMENT = """\
 .proofstone dl.facts > div { display: grid; grid-template-columns: 7.2rem 1fr; gap: 0 0.8rem; padding: 0.14rem 0; }
 .proofstone dl.facts dt { color: #555; }
 .proofstone dl.facts dd { margin: 0; overflow-wrap: anywhere; min-width: 0; }
-.proofstone .two { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 1.05fr); gap: 0 2rem;
-  align-items: start; }
+.proofstone .two { display: grid; gap: 0 2rem; align-items: start; }
+.proofstone .beside { display: flow-root; }
+.proofstone .beside > figure { float: right; width: 50%; margin: 0 0 0.6rem 2rem; }
 .proofstone .two.even { grid-template-columns: repeat(2, minmax(0, 1fr)); }
 .proofstone figure { margin: 0.4rem 0; }
 .proofstone figure svg { display: block; }
@@ -98,7 +97,8 @@ FRAGMENT = """\
 .proofstone .rerun { font-size: 0.91rem; color: #444; margin-top: 0.9rem; }
 .proofstone .rerun code { color: #1d1d1d; user-select: all; }
 @media (max-width: 46rem) {
-  .proofstone .two, .proofstone .two.even, .proofstone .figures { grid-template-columns: minmax(0, 1fr); }
+  .proofstone .two.even, .proofstone .figures { grid-template-columns: minmax(0, 1fr); }
+  .proofstone .beside > figure { float: none; width: auto; margin: 0.4rem 0; }
 }
 @media print {
   .proofstone a { color: inherit; text-decoration: none; }
@@ -107,7 +107,11 @@ FRAGMENT = """\
   .proofstone .statement { break-after: avoid; break-inside: avoid; }
   .proofstone p { orphans: 3; widows: 3; }
   .proofstone .wide { overflow: visible; }
-  .proofstone .two, .proofstone .two.even, .proofstone .figures { gap: 0.5rem 1.2rem; }
+  .proofstone .two, .proofstone .figures { gap: 0.5rem 1.2rem; }
+  .proofstone .beside > figure { width: 44%; margin-left: 1.2rem; }
+  .proofstone .figures { grid-template-columns: repeat(2, 42%); justify-content: space-between; }
+  .proofstone .two.even th, .proofstone .two.even td { padding-top: 0.08rem; padding-bottom: 0.08rem; }
+  .proofstone article { margin-top: 1.2rem; }
   .proofstone .rerun { break-before: avoid; break-inside: avoid; }
 }
 """

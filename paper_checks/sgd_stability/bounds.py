@@ -195,7 +195,7 @@ def _batch_exact(a: np.ndarray, mean: Any, noise: Any, batch: int, constant: Any
     kind="bound",
     controls={
         "constant": "2 replaced by 1.9",
-        "batch_free": "q dropped from the trace bound: Tr H <= 2/eta at every batch size",
+        "batch_free": r"$q$ dropped from the trace bound: $\operatorname{Tr}H \le 2/\eta$ at every batch size",
     },
     regime="any features; batch 1 to 8, with and without replacement, and Bernoulli sampling",
     source="Derived; the batch-dependent form of T2.",
@@ -217,8 +217,8 @@ def batch_bound(ctx: Context) -> Outcome:
     r"If a minimum is linearly stable for SGD with any batch size $B$, then $\operatorname{Tr}H \le 2/\eta$.",
     title="Trace bound read without its batch size",
     kind="bound",
-    controls={"root": "weakened to 2 sqrt(B) / eta, which is not weak enough"},
-    repairs={"times_batch": "Tr H <= 2 B / eta"},
+    controls={"root": r"weakened to $\operatorname{Tr}H \le 2\sqrt{B}/\eta$, which is not weak enough"},
+    repairs={"times_batch": r"$\operatorname{Tr}H \le 2B/\eta$"},
     regime="batch 1 to 8, sampling with replacement",
     source="T2 without its condition on the batch size, as a summary may quote it (the paper's own wording was not "
     "available); counterexample derived.",
