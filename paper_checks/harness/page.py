@@ -174,7 +174,7 @@ def _findings(claims: Sequence[Record]) -> str:
         )
     does = "does" if len(found) == 1 else "do"
     return (
-        f'<section><h2 id="findings">Findings</h2><p>{count(len(found), "statement")} {does} not hold as printed, '
+        f'<section><h2 id="findings">Findings</h2><p>{count(len(found), "statement")} {does} not hold as stated, '
         f"and this run confirms it.</p>{''.join(entries)}</section>\n"
     )
 
