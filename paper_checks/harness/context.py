@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from paper_checks.harness import proof, search, statistics
+from paper_checks.harness import confirm, proof, search, statistics
 from paper_checks.harness.claim import EFFORT, Budget, Claim, ClaimError, Outcome, shortened
 
 
@@ -85,11 +85,11 @@ class Context:
         `paste(x, *constants)` returns Python code, ending in an assert that fails, for the report.
         """
         if self.replay is not None:
-            x = search.restored(self.replay, draw, structures)
+            x = confirm.restored(self.replay, draw, structures)
             if valid is not None and not bool(valid(jax.tree.map(jnp.asarray, x))):
                 raise ValueError(f"the witness {shortened(self.replay)} is no legal input: `valid` is false there")
             if high is not None:
-                raise Replayed(search.in_high(high, x, constants))
+                raise Replayed(confirm.in_high(high, x, constants))
             raise Replayed(float(violation(jax.tree.map(jnp.asarray, x), *constants)))
         found = search.worst(
             violation,
@@ -106,7 +106,7 @@ class Context:
             valid=valid,
             **options,
         )
-        witness = search.printable(found.x)
+        witness = confirm.printable(found.x)
         code = None
         if found.violation > found.tolerance:
             code = paste(found.x, *constants) if paste else self._replay_code(witness)
