@@ -1,6 +1,9 @@
 # Proofstone's commands.  `make check` and `make test` need only git, make and Python 3.11 or 3.12 with pip and venv.
 # PYTHON=/path/to/python chooses the interpreter; ARGS="..." is handed to pytest or to the paper checks.
 
+# Compilation is single-threaded: two workers, a file each, so that what a file's tests share is computed once.
+WORKERS = -n 2 --dist loadfile
+
 help:
 	@echo "make check    build .venv if needed, run the paper checks at the quick budget, write reports/report.html"
 	@echo "make test     build .venv if needed, run the unit tests and the quick paper checks"
@@ -21,7 +24,7 @@ check: environment
 	.venv/bin/python -m paper_checks run --budget quick $(ARGS)
 
 test: environment
-	.venv/bin/python -m pytest tests paper_checks -q -rs $(ARGS)
+	.venv/bin/python -m pytest tests paper_checks -q -rs $(WORKERS) $(ARGS)
 
 lint: environment
 	.venv/bin/python -m ruff check .
@@ -31,7 +34,7 @@ types: environment
 	.venv/bin/python -m mypy
 
 lane-b: environment-b
-	.venv-b/bin/python -m pytest tests paper_checks -rs $(ARGS)
+	.venv-b/bin/python -m pytest tests paper_checks -q -rs $(WORKERS) $(ARGS)
 
 wheel: environment
 	rm -rf build dist
