@@ -212,7 +212,6 @@ def test_a_check_that_ends_the_program_is_an_error(stop: SystemExit):
         ({"search": {"structures": "few"}}, "the outcome does not fit a report: outcome.search.structures"),
         ({"figure": {"title": "t", "lines": [{"x": [1.0], "y": ["high"]}]}}, "outcome.figure.lines[0].y[0]"),
     ],
-    ids=str,
 )
 def test_an_odd_field_costs_its_own_claim_only(odd: dict[str, Any], reason: str):
     result = checked(lambda ctx: Outcome(**{"margin": ctx.pick(1.0, wrong=-1.0), **odd}))
