@@ -48,19 +48,21 @@ class DistributionRule:
     def draw(self, leaves: Values, key: jax.Array) -> Values:
         return (lax.stop_gradient(families.draw(self.distribution(leaves), key)),)
 
-    def score(self, leaves: Values, values: Values) -> tuple[jax.Array, jax.Array]:
-        """(Σ log p, Σ b (log p - sg log p)) over the elements; the second is zero and carries the baseline's gradient."""
+    def score(self, leaves: Values, values: Values) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Λ = Σ log p, then for baselines b Σ b (exp(log p - sg log p) - 1), which is zero, and (number, Σ b, Σ b²)."""
         log_prob = families.log_prob(self.distribution(leaves), lax.stop_gradient(values[0]))
-        control = jnp.zeros((), log_prob.dtype)
-        if self.has_baseline:
-            baseline = lax.stop_gradient(leaves[-1]).astype(log_prob.dtype)
-            control = (baseline * (log_prob - lax.stop_gradient(log_prob))).sum()
-        return log_prob.sum(), control
+        if not self.has_baseline:
+            return log_prob.sum(), jnp.zeros((), log_prob.dtype), jnp.zeros(3, log_prob.dtype)
+        b = jnp.broadcast_to(jnp.asarray(leaves[-1], log_prob.dtype), log_prob.shape)
+        control = lax.stop_gradient(b) * jnp.expm1(log_prob - lax.stop_gradient(log_prob))
+        return log_prob.sum(), control.sum(), jnp.stack([jnp.asarray(b.size, b.dtype), b.sum(), (b**2).sum()])
 
     def support(self, leaves: Values) -> tuple[jax.Array, jax.Array]:
         return families.support(self.distribution(leaves))
 
-    def alternatives(self, strategy: str, leaves: Values, values: Values, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def alternatives(
+        self, strategy: str, leaves: Values, values: Values, key: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         """(A, elements, event) values and (A, elements) zero-valued weights whose gradient is the signed measure's."""
         d = self.distribution(leaves)
         if strategy == "mvd":
@@ -92,10 +94,10 @@ class OpaqueRule:
         value = self.draw_leaves(jax.tree.unflatten(self.structure, leaves), key)
         return tuple(lax.stop_gradient(leaf) for leaf in jax.tree.leaves(value))
 
-    def score(self, leaves: Values, values: Values) -> tuple[jax.Array, jax.Array]:
+    def score(self, leaves: Values, values: Values) -> tuple[jax.Array, jax.Array, jax.Array]:
         value = jax.tree.unflatten(self.outputs, [lax.stop_gradient(v) for v in values])
         log_prob = self.log_prob(jax.tree.unflatten(self.structure, leaves), value)
-        return log_prob, jnp.zeros((), log_prob.dtype)
+        return log_prob, jnp.zeros((), log_prob.dtype), jnp.zeros(3, log_prob.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +132,9 @@ def sample(d: Distribution, name: str | None = None) -> jax.Array:
     plain, strategy, baseline = strategies.split(d)
     leaves, structure = jax.tree.flatten(plain)
     # Integers that are known (a number of trials) stay known, as supports are listed by them.
-    arrays = tuple(isinstance(x, jax.core.Tracer) or not jnp.issubdtype(jnp.result_type(x), jnp.integer) for x in leaves)
+    arrays = tuple(
+        isinstance(x, jax.core.Tracer) or not jnp.issubdtype(jnp.result_type(x), jnp.integer) for x in leaves
+    )
     label = name if name is not None else f"{type(_innermost(plain)).__name__} draw"
     given = [x for x, is_array in zip(leaves, arrays, strict=True) if is_array]
     if strategy is not None and strategy.name not in families.legal(plain):

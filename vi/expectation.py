@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, overload
 
 import equinox as eqx
 import jax
@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Key
 from vi import jaxpr
 from vi.choices import opaque_site, random_key, sample
 from vi.planning import Site, plan
-from vi.surrogate import surrogate
+from vi.surrogate import Surrogate, surrogate
 
 __all__ = ["Expectation", "batch", "continuous", "expectation", "opaque_site", "random_key", "sample", "vmap"]
 
@@ -34,6 +34,17 @@ class Expectation:
     max_worlds: int = MAX_WORLDS
 
     def __call__(self, key: Key[Array, ""], *args: Any) -> Float[Array, ""]:
+        return self._surrogate(key, *args).value
+
+    def baseline_loss(self, key: Key[Array, ""], *args: Any) -> Float[Array, ""]:
+        """Σ (result - b)² over the baselines b of `reinforce` in this run; only b is differentiated.
+
+        Added to the loss with the same key, it trains baselines that are computed from parameters; the gradient of the
+        expectation itself does not depend on them.
+        """
+        return self._surrogate(key, *args).baseline_loss
+
+    def _surrogate(self, key: Key[Array, ""], *args: Any) -> Surrogate:
         program, arrays = self._staged(*args)
         return surrogate(program, arrays, _typed(key), dict(self.strategies), self.max_worlds)
 
@@ -60,6 +71,10 @@ class Expectation:
         return program, leaves
 
 
+@overload
+def expectation(f: Callable[..., Any], *, max_worlds: int = ...) -> Expectation: ...
+@overload
+def expectation(f: None = None, *, max_worlds: int = ...) -> Callable[[Callable[..., Any]], Expectation]: ...
 def expectation(
     f: Callable[..., Any] | None = None, *, max_worlds: int = MAX_WORLDS
 ) -> Expectation | Callable[[Callable[..., Any]], Expectation]:
@@ -77,11 +92,10 @@ def expectation(
     Usable as a decorator: `@expectation` or `@expectation(max_worlds=64)`.
     """
     if f is None:
-        return lambda g: expectation(g, max_worlds=max_worlds)  # type: ignore[return-value]
+        return lambda g: expectation(g, max_worlds=max_worlds)
     if not callable(f):
         raise TypeError(f"expectation: f is a {type(f).__name__}; expected a function")
-    made = Expectation(f, max_worlds=max_worlds)
-    return made
+    return Expectation(f, max_worlds=max_worlds)
 
 
 def batch(e: Callable[..., Any], in_axes: Any = 0) -> Callable[..., Any]:

@@ -34,11 +34,13 @@ _LANES = "vi_lanes"
 _JITS = ("pjit", "jit")
 
 # Functions of JAX that compare, round or index inside and are continuous all the same, under the names of their calls.
-CONTINUOUS = frozenset(
-    "relu relu6 leaky_relu elu selu celu gelu silu hard_tanh hard_sigmoid hard_silu softplus log_sigmoid squareplus sparse_plus "
-    "logaddexp logaddexp2 logsumexp softmax log_softmax clip xlogy xlog1py entr kl_div rel_entr sinc hypot norm "
-    "logit expit sigmoid gammaln betaln erf_inv ndtri log_ndtr log_expbig _logaddexp _norm".split()
-)
+CONTINUOUS = frozenset([
+    "relu", "relu6", "leaky_relu", "elu", "selu", "celu", "gelu", "silu", "hard_tanh", "hard_sigmoid",
+    "hard_silu", "softplus", "log_sigmoid", "squareplus", "sparse_plus", "logaddexp", "logaddexp2", "logsumexp",
+    "softmax", "log_softmax", "clip", "xlogy", "xlog1py", "entr", "kl_div", "rel_entr", "sinc", "hypot", "norm",
+    "logit", "expit", "sigmoid", "gammaln", "betaln", "erf_inv", "ndtri", "log_ndtr", "log_expbig", "_logaddexp",
+    "_norm",
+])  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)

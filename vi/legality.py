@@ -33,13 +33,19 @@ from vi.jaxpr import (
 
 Path = tuple[int, ...]
 
-_COMPARISONS = frozenset("eq ne lt le gt ge eq_to le_to lt_to sign argmax argmin reduce_argmax nextafter".split())
-_ROUNDING = frozenset("floor ceil round rem".split())
-_BITS = frozenset("bitcast_convert_type reduce_and reduce_or and or not xor shift_left population_count clz".split())
+_COMPARISONS = frozenset([
+    "eq", "ne", "lt", "le", "gt", "ge", "eq_to", "le_to", "lt_to", "sign", "argmax", "argmin", "reduce_argmax",
+    "nextafter",
+])  # fmt: skip
+_ROUNDING = frozenset(["floor", "ceil", "round", "rem"])
+_BITS = frozenset([
+    "bitcast_convert_type", "reduce_and", "reduce_or", "and", "or", "not", "xor", "shift_left",
+    "population_count", "clz",
+])  # fmt: skip
 # Inputs that are positions and not values: from the given one on.
 _POSITIONS = {"gather": 1, "dynamic_slice": 1, "dynamic_update_slice": 2}
 _SCATTER = 1  # operand, indices, updates
-_UNKNOWN = frozenset("pure_callback io_callback custom_call ffi_call".split())
+_UNKNOWN = frozenset(["pure_callback", "io_callback", "custom_call", "ffi_call"])
 
 
 class _Taint(NamedTuple):
@@ -113,7 +119,9 @@ def _loop(
     while True:
         outs = _follow(body, [*consts, *carry, *rows], at, pathwise, reached)
         grown = [a | b for a, b in zip(carry, outs[:n_carry], strict=True)]
-        if all(set(g.smooth) == set(c.smooth) and set(g.lost) == set(c.lost) for g, c in zip(grown, carry, strict=True)):
+        if all(
+            set(g.smooth) == set(c.smooth) and set(g.lost) == set(c.lost) for g, c in zip(grown, carry, strict=True)
+        ):
             return outs
         carry = grown
 
@@ -156,7 +164,7 @@ def _op(
         last = first + 1 if op.name != "dynamic_slice" and op.name != "dynamic_update_slice" else len(taints)
         positions = _lose(_union(taints[first:last]), f"an index ({op.name})")
         return [_union([*taints[:first], *taints[last:]]) | positions] * n
-    if op.name == "sort" and op.params.get("num_keys", 1) < len(taints) or op.name == "top_k":
+    if (op.name == "sort" and op.params.get("num_keys", 1) < len(taints)) or op.name == "top_k":
         return _order(op, taints, n)
     if op.name == "cond":
         index = _lose(taints[0], "the condition of a cond or switch")

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from vi import legality
+from vi.chains import Chain, chain
 from vi.choices import PATHWISE, Values
 from vi.errors import StrategyError
 from vi.jaxpr import Choice, Cond, Const, Lanes, Program, Scan
@@ -26,7 +27,7 @@ class Star(NamedTuple):
     options: int
 
     @property
-    def count(self) -> int:
+    def worlds(self) -> int:
         return self.repeats * self.elements * self.options
 
 
@@ -38,7 +39,7 @@ class Site:
     strategy   reparam, implicit, reinforce, enum, mvd, or none for a key
     repeats    how often the loops and lanes around it run it
     elements   independent elements of one run, axes added by vmap included
-    exact      enumerated with an axis of its own (else, if `enum`, by local expectations)
+    exact      enumerated with an axis of its own, or along a chain (else, if `enum`, by local expectations)
     """
 
     path: Path
@@ -51,11 +52,15 @@ class Site:
 
 @dataclass(frozen=True)
 class Plan:
-    """sites: by path; stars: sources of alternative worlds by path (of a choice, or of lanes); total: number of worlds."""
+    """sites: by path; stars: sources of alternative worlds by path (of a choice, or of lanes); total: number of worlds.
+
+    chains: scans, by their step, whose choice is summed over exactly
+    """
 
     sites: dict[Path, Site]
     stars: dict[Path, Star]
     total: int
+    chains: dict[int, Chain]
 
 
 class _Lane(NamedTuple):
@@ -84,25 +89,30 @@ def plan(program: Program, override: dict[str, str], max_worlds: int, sampled: f
     strategies = _strategies(program, found, override)
     sites: dict[Path, Site] = {}
     stars: dict[Path, Star] = {}
+    chains: dict[int, Chain] = {}
     total = 0
     for f in found:
         rule, strategy = f.step.rule, strategies[f.path]
         exact, elements = False, math.prod(f.step.lanes)
         if strategy in ("enum", "mvd"):
             options, elements = _counts(f, strategy)
-            exact = (
-                strategy == "enum" and len(f.path) == 1 and f.path[0] not in sampled and options**elements <= max_worlds
-            )
+            if strategy == "enum" and f.path[0] not in sampled:
+                if len(f.path) == 1:
+                    exact = options**elements <= max_worlds
+                elif len(f.path) == 2 and options ** (2 * elements) <= max_worlds:
+                    linked = chain(program, f.path[0])
+                    if linked is not None:
+                        exact, chains[f.path[0]] = True, linked
             if not exact:
                 stars[f.path] = Star(total, f.repeats, elements, options)
-                total += stars[f.path].count
+                total += stars[f.path].worlds
         if strategy == "reinforce" and leaves_one_out(rule):
             lane = _lane(f)
             if lane.path not in stars:
                 stars[lane.path] = Star(total, lane.repeats, lane.length, 1)
-                total += stars[lane.path].count
+                total += stars[lane.path].worlds
         sites[f.path] = Site(f.path, rule.label, strategy, f.repeats, elements, exact)
-    return Plan(sites, stars, total)
+    return Plan(sites, stars, total, chains)
 
 
 def leaves_one_out(rule: Any) -> bool:
@@ -114,7 +124,7 @@ def _find(program: Program, path: Path, repeats: int, lane: _Lane | None) -> lis
     for i, step in enumerate(program.steps):
         at = (*path, i)
         if isinstance(step, Choice):
-            found.append(_Found(at, step, _leaf_types(step, program), repeats, lane))
+            found.append(_Found(at, step, leaf_types(step, program), repeats, lane))
         elif isinstance(step, Scan):
             found += _find(step.body, at, repeats * step.length, lane)
         elif isinstance(step, Lanes):
@@ -125,10 +135,13 @@ def _find(program: Program, path: Path, repeats: int, lane: _Lane | None) -> lis
     return found
 
 
-def _leaf_types(step: Choice, program: Program) -> Values:
+def leaf_types(step: Choice, program: Program, lanes: bool = False) -> Values:
+    """Shapes and types of the parameters of a choice, with the lanes that vmap added or without."""
+    skip = 0 if lanes else len(step.lanes)
+
     def one(atom: Any) -> Any:
         full = jax.eval_shape(lambda: jnp.asarray(atom.value)) if isinstance(atom, Const) else program.types[atom]
-        return jax.ShapeDtypeStruct(full.shape[len(step.lanes) :], full.dtype)
+        return jax.ShapeDtypeStruct(full.shape[skip:], full.dtype)
 
     return tuple(map(one, step.inputs))
 

@@ -24,15 +24,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from vi.chains import summed
 from vi.choices import PATHWISE, Values
 from vi.jaxpr import Choice, Cond, Const, Lanes, Op, Program, Scan, depends
-from vi.planning import Path, Plan, Star, leaves_one_out, plan
+from vi.planning import Path, Plan, Star, leaf_types, leaves_one_out, plan
+from vi.worlds import Factor, World, collected, expected, linear, merged, plain, squared_error, weighted
 
 sg = lax.stop_gradient
 
@@ -45,18 +48,17 @@ class TooManyWorlds(Exception):
         self.choices = choices
 
 
-class Baseline(NamedTuple):
-    """A choice's label, the part of the result that its draw reaches, and the baseline subtracted from it."""
+class Surrogate(NamedTuple):
+    """value: the surrogate; baseline_loss: Σ (sg y - b)² over the baselines b, whose derivative reaches only these."""
 
-    label: str
-    signal: jax.Array
-    baseline: jax.Array
+    value: jax.Array
+    baseline_loss: jax.Array
 
 
 def surrogate(
     program: Program, args: Sequence[Any], key: jax.Array, override: dict[str, str], max_worlds: int
-) -> jax.Array:
-    """The surrogate of a staged program with one scalar output."""
+) -> Surrogate:
+    """The surrogate of a staged program with one scalar output; the arguments are those of `vi.planning.plan`."""
     sampled: frozenset[int] = frozenset()
     while True:
         layout = plan(program, override, max_worlds, sampled)
@@ -89,11 +91,11 @@ def _draw(step: Choice, strategy: str, leaves: Values, key: jax.Array) -> Values
     return _over(step.lanes, one)(_keys(key, 0, step.lanes), *leaves)
 
 
-def _score(step: Choice, leaves: Values, values: Values) -> tuple[jax.Array, jax.Array]:
-    """Λ and the baseline's part b (Λ - sg Λ), which is zero, summed over elements and lanes."""
+def _score(step: Choice, leaves: Values, values: Values) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Λ, Σ b (exp(Λ - sg Λ) - 1) and the moments of the baselines b, over elements and lanes."""
     n = len(leaves)
-    score, control = _over(step.lanes, lambda *a: step.rule.score(a[:n], a[n:]))(*leaves, *values)
-    return _float(score.sum()), _float(control.sum())
+    score, control, moments = _over(step.lanes, lambda *a: step.rule.score(a[:n], a[n:]))(*leaves, *values)
+    return _float(score.sum()), _float(control.sum()), _float(moments.reshape(-1, 3).sum(0))
 
 
 def _alternatives(step: Choice, strategy: str, leaves: Values, values: Values, key: jax.Array) -> tuple[Any, Any]:
@@ -136,6 +138,20 @@ def _combinations(support: jax.Array, log_probs: jax.Array) -> tuple[jax.Array, 
     return values, log_probs.reshape(k, n)[digits, each].sum(-1)
 
 
+def _support(step: Choice, *leaves: Any) -> tuple[jax.Array, jax.Array]:
+    """All joint values of the elements and lanes of a choice, and their log probabilities."""
+    values, log_probs = _over(step.lanes, lambda *ls: step.rule.support(ls), out_axes=1)(*leaves)
+    return _combinations(values, log_probs)
+
+
+def _as_array(x: Any) -> jax.Array:
+    return x if hasattr(x, "dtype") else jnp.asarray(x)
+
+
+def _array(w: World) -> World:
+    return w._replace(value=_as_array(w.value))
+
+
 def _float(x: jax.Array) -> jax.Array:
     return x.astype(jnp.result_type(float))
 
@@ -146,24 +162,27 @@ def _float(x: jax.Array) -> jax.Array:
 class _Effects(NamedTuple):
     """What the choices inside left.
 
-    score, control  sums of Λ and of b (Λ - sg Λ)
+    score, control  sums of Λ and of b (exp(Λ - sg Λ) - 1)
+    moments         number of the baselines b, Σ b and Σ b²
     lane            Λ of the choices that have the leave-one-out baseline, for the lanes around them
     weights         path -> weights of the worlds of that source, flat, loops first
     """
 
     score: jax.Array
     control: jax.Array
+    moments: jax.Array
     lane: jax.Array
     weights: dict[Path, jax.Array]
 
 
 def _nothing() -> _Effects:
     zero = jnp.zeros((), jnp.result_type(float))
-    return _Effects(zero, zero, zero, {})
+    return _Effects(zero, zero, jnp.zeros(3, zero.dtype), zero, {})
 
 
 def _add(a: _Effects, b: _Effects) -> _Effects:
-    return _Effects(a.score + b.score, a.control + b.control, a.lane + b.lane, {**a.weights, **b.weights})
+    score, control, moments, lane = (x + y for x, y in zip(a[:-1], b[:-1], strict=True))
+    return _Effects(score, control, moments, lane, {**a.weights, **b.weights})
 
 
 class _Run:
@@ -181,7 +200,8 @@ class _Run:
 
         repeat, outer: which run of the loops around this is, of how many
         """
-        env = dict(zip(program.inputs, values, strict=True))
+        env: dict[int, Any] = dict(zip(program.inputs, values, strict=True))
+        outs: Sequence[Any]
         effects = _nothing()
         for i, step in enumerate(program.steps):
             inputs = [a.value if isinstance(a, Const) else env[a] for a in step.inputs]
@@ -189,7 +209,7 @@ class _Run:
                 outs = step.run(*inputs)
             else:
                 here = jax.random.fold_in(key, i)
-                outs, left = self.step(step, inputs, here, world, (*path, i), repeat, outer)
+                outs, left = self.step(step, list(map(_as_array, inputs)), here, world, (*path, i), repeat, outer)
                 effects = _add(effects, left)
             env.update(zip(step.outputs, outs, strict=True))
         return [a.value if isinstance(a, Const) else env[a] for a in program.outputs], effects
@@ -222,10 +242,10 @@ class _Run:
         values = _draw(step, strategy, tuple(leaves), key)
         if strategy != "reinforce":
             return values, nothing
-        score, control = _score(step, tuple(leaves), values)
+        score, control, moments = _score(step, tuple(leaves), values)
         if leaves_one_out(step.rule):
             return values, nothing._replace(lane=score)
-        return values, nothing._replace(score=score, control=control)
+        return values, nothing._replace(score=score, control=control, moments=moments)
 
     def scan(
         self, step: Scan, inputs: list[Any], key: jax.Array, world: Any, at: Path, repeat: Any, outer: int
@@ -275,7 +295,7 @@ class _Run:
             def run(*operands: Any) -> Any:
                 outs, left = self.inner(step.branches[b], operands, key, world, (*at, b), repeat, outer)
                 outs = [jnp.asarray(o).astype(d) for o, d in zip(outs, types, strict=True)]
-                zeros = {p: jnp.zeros(s.count // outer, left.score.dtype) for p, s in sources.items()}
+                zeros = {p: jnp.zeros(s.worlds // outer, left.score.dtype) for p, s in sources.items()}
                 return outs, left._replace(weights={**zeros, **left.weights})
 
             return run
@@ -287,19 +307,19 @@ class _Run:
 
     # ---- at the top level ----------------------------------------------------------------------------------------------
 
-    def top(self, program: Program, args: Sequence[Any], key: jax.Array) -> jax.Array:
-        env: dict[int, tuple[World, ...]] = {v: (_plain(x),) for v, x in zip(program.inputs, args, strict=True)}
+    def top(self, program: Program, args: Sequence[Any], key: jax.Array) -> Surrogate:
+        env: dict[int, tuple[World, ...]] = {v: (plain(x),) for v, x in zip(program.inputs, args, strict=True)}
 
         def read(atom: Any) -> tuple[World, ...]:
-            return (_plain(atom.value),) if isinstance(atom, Const) else env[atom]
+            return (plain(atom.value),) if isinstance(atom, Const) else env[atom]
 
-        factors: list[_Factor] = []
+        factors: list[Factor] = []
         for i, step in enumerate(program.steps):
             inputs = list(map(read, step.inputs))
             if isinstance(step, Op):
                 env.update(zip(step.outputs, self.op(step, inputs), strict=True))
                 continue
-            outs, factor = self.factor(step, list(map(_merged, inputs)), jax.random.fold_in(key, i), i)
+            outs, factor = self.factor(step, [_array(merged(ws)) for ws in inputs], jax.random.fold_in(key, i), i)
             env.update(zip(step.outputs, ((o,) for o in outs), strict=True))
             factors.append(factor)
         (output,) = program.outputs
@@ -332,21 +352,23 @@ class _Run:
 
     def op(self, step: Op, inputs: list[tuple[World, ...]]) -> list[tuple[World, ...]]:
         """A computation without choices; sums and what is linear in a sum keep its terms apart."""
-        if all(len(ws) == 1 and ws[0].is_plain for ws in inputs):
-            return [(_plain(x),) for x in step.run(*(ws[0].value for ws in inputs))]
-        terms = _linear(step, inputs)
+        if all(len(ws) == 1 and ws[0].isplain for ws in inputs):
+            return [(plain(x),) for x in step.run(*(ws[0].value for ws in inputs))]
+        terms = linear(step, inputs)
         if terms is not None:
-            return [_collected([self.apply(step, t)[0] for t in terms])]
-        return [(w,) for w in self.apply(step, list(map(_merged, inputs)))]
+            return [collected([self.apply(step, t)[0] for t in terms])]
+        return [(w,) for w in self.apply(step, list(map(merged, inputs)))]
 
     def apply(self, step: Op, inputs: Sequence[World]) -> list[World]:
         outs, others, axes, reach = self.lift(lambda _, *v: step.run(*v), inputs)
         return [World(x, axes, None if others is None else others[k], reach) for k, x in enumerate(outs)]
 
-    def factor(self, step: Any, inputs: list[World], key: jax.Array, i: int) -> tuple[list[World], _Factor]:
+    def factor(self, step: Any, inputs: list[World], key: jax.Array, i: int) -> tuple[list[World], Factor]:
         """The values of a choice, loop or branch, and what is to be done when it is taken out."""
         if isinstance(step, Choice) and self.plan.sites[(i,)].exact:
-            return self.enumerated(step, inputs, key, i)
+            return self.enumerated(step, inputs, i)
+        if i in self.plan.chains:
+            return self.chain(step, inputs, i)
         sources = {p: s for p, s in self.plan.stars.items() if p[0] == i}
 
         def run(world: Any, *values: Any) -> Any:
@@ -357,54 +379,79 @@ class _Run:
         worlds = [World(x, axes, None if others is None else others[0][k], mine) for k, x in enumerate(outs)]
         scored = any(s.strategy == "reinforce" for p, s in self.plan.sites.items() if p[0] == i)
         score = World(left.score, axes, None, reach) if scored else None
-        control = World(-left.control, axes, None, reach)
+        baselines = any(map(_has_baseline, _rules(step)))
+        control = World(left.control, axes, None, reach) if baselines else None
+        moments = World(left.moments, axes, None, reach) if baselines else None
         weights = [(sources[p], World(w, axes, None, reach)) for p, w in left.weights.items()]
-        return worlds, _Factor(i, None, score, control, weights, any(map(_has_baseline, _rules(step))))
+        return worlds, Factor(i, None, score, control, weights, moments)
 
-    def enumerated(self, step: Choice, inputs: list[World], key: jax.Array, i: int) -> tuple[list[World], _Factor]:
-        def support(*leaves: Any) -> Any:
-            values, log_probs = _over(step.lanes, lambda *ls: step.rule.support(ls), out_axes=1)(*leaves)
-            return _combinations(values, log_probs)
-
+    def enumerated(self, step: Choice, inputs: list[World], i: int) -> tuple[list[World], Factor]:
+        support = partial(_support, step)
         (values, log_probs), others, axes, reach = self.lift(lambda _, *leaves: support(*leaves), inputs)
         self.sizes[i] = log_probs.shape[-1]
         if math.prod(self.sizes[a] for a in (*axes, i)) > self.max_worlds:
             raise TooManyWorlds(frozenset((*axes, i)))
-        probs = World(
-            jnp.exp(log_probs), (*axes, i), None if others is None else jnp.exp(others[1]), reach
-        )
+        probs = World(jnp.exp(log_probs), (*axes, i), None if others is None else jnp.exp(others[1]), reach)
         # Values that do not depend on the parameters are the same on all other axes, and need none of them.
         first = [w.value[(0,) * len(w.axes)] for w in inputs]
         if not depends(lambda *leaves: support(*leaves)[0], *first):
-            return [World(support(*map(sg, first))[0], (i,), None, frozenset())], _Factor(i, probs, None, _plain(0.0), [], False)
+            return [World(support(*map(sg, first))[0], (i,), None, frozenset())], Factor(i, probs, None, None, [], None)
         value = World(sg(values), (*axes, i), None if others is None else others[0], reach)
-        return [value], _Factor(i, probs, None, _plain(0.0), [], False)
+        return [value], Factor(i, probs, None, None, [], None)
 
-    def take_out(self, terms: list[World], factors: list[_Factor]) -> jax.Array:
+    def chain(self, step: Scan, inputs: list[World], i: int) -> tuple[list[World], Factor]:
+        """A scan whose choice is summed over step by step; its last state has the values of the last choice as an axis."""
+        found = self.plan.chains[i]
+        choice = step.body.steps[found.choice]
+        assert isinstance(choice, Choice)
+        types = leaf_types(choice, step.body, lanes=True)
+        if depends(lambda *leaves: _support(choice, *leaves)[0], *types):
+            raise TooManyWorlds(frozenset((i,)))  # values that move with the parameters make no state
+        size = jax.eval_shape(partial(_support, choice), *types)[1].shape[0]
+
+        def run(_: Any, *values: Any) -> Any:
+            return summed(step, found, list(values), size, partial(_support, choice))
+
+        (outs, last), others, axes, reach = self.lift(run, inputs)
+        self.sizes[i] = size
+        if math.prod(self.sizes[a] for a in (*axes, i)) > self.max_worlds:
+            raise TooManyWorlds(frozenset((*axes, i)))
+        kinds = [*found.carry, *("row" for _ in found.rows)]
+        worlds = [
+            World(x, (*axes, i) if kind == "state" else axes, None if others is None else others[0][k], reach)
+            for k, (x, kind) in enumerate(zip(outs, kinds, strict=True))
+        ]
+        probs = World(last, (*axes, i), None if others is None else others[1], reach)
+        return worlds, Factor(i, probs, None, None, [], None)
+
+    def take_out(self, terms: list[World], factors: list[Factor]) -> Surrogate:
         """The expectation of the sum of the terms, choice by choice, the last one first."""
+        errors: list[World] = []
         for factor in reversed(factors):
             i = factor.step
             touched = [t for t in terms if i in t.axes or i in t.reach]
-            if not touched:
-                continue
-            # A baseline is compared with the whole result, not only with the terms that the draw reaches.
-            rest = [] if factor.has_baseline else [t for t in terms if i not in t.axes and i not in t.reach]
-            touched = terms if factor.has_baseline else touched
-            terms = rest
+            if touched:
+                # A baseline is compared with the whole result, not only with the terms that the draw reaches.
+                whole = factor.moments is not None
+                rest = [] if whole else [t for t in terms if i not in t.axes and i not in t.reach]
+                if factor.control is not None and factor.moments is not None:
+                    errors.append(squared_error(merged(tuple(terms)), factor.moments))
+                    rest.append(factor.control._replace(value=-factor.control.value))
+                if factor.probs is not None:
+                    rest += [expected(t, factor.probs, i) for t in touched]
+                else:
+                    rest += [weighted(t, factor) for t in (terms if whole else touched)]
+                terms = list(collected(rest))
             if factor.probs is not None:
-                terms += [_expected(t, factor.probs, i) for t in touched]
-            else:
-                terms += [_weighted(t, factor) for t in touched]
-                if factor.has_baseline:
-                    terms.append(factor.control)
-            terms = list(_collected(terms))
-        return sum((t.value for t in terms[1:]), terms[0].value)
+                errors = [expected(e, factor.probs, i) if i in e.axes else e for e in errors]
+        zero = jnp.zeros((), terms[0].value.dtype)
+        return Surrogate(sum((t.value for t in terms[1:]), terms[0].value), sum((e.value for e in errors), zero))
 
 
 def _summed(left: _Effects) -> _Effects:
     """Effects of a loop: sums over its steps; weights with the loop in front."""
     weights = {p: w.reshape(-1) for p, w in left.weights.items()}
-    return _Effects(left.score.sum(), left.control.sum(), left.lane.sum(), weights)
+    return _Effects(left.score.sum(), left.control.sum(), left.moments.sum(0), left.lane.sum(), weights)
 
 
 def _row(number: Any, x: jax.Array) -> jax.Array:
@@ -418,38 +465,6 @@ def _from_others(x: jax.Array) -> jax.Array:
     return jnp.roll(x, 1, axis=0)
 
 
-# ---- values in many worlds ---------------------------------------------------------------------------------------------
-
-
-class World(NamedTuple):
-    """A value that depends on choices.
-
-    value   the array in the sampled world; leading axes: one per enumerated choice in `axes`, in the order of sampling
-    others  the same in all alternative worlds, with these as the very first axis; None if they do not differ
-    reach   the other top-level choices (or loops with choices) that it depends on
-    """
-
-    value: Any
-    axes: tuple[int, ...]
-    others: Any
-    reach: frozenset[int]
-
-    @property
-    def is_plain(self) -> bool:
-        return not self.axes and self.others is None and not self.reach
-
-
-class _Factor(NamedTuple):
-    """step: of the choice; probs: if enumerated; score, control: Λ and -b (Λ - sg Λ); weights: of its worlds."""
-
-    step: int
-    probs: World | None
-    score: World | None
-    control: World
-    weights: list[tuple[Star, World]]
-    has_baseline: bool
-
-
 def _rules(step: Any) -> list[Any]:
     """The rules of all choices of a step."""
     if isinstance(step, Choice):
@@ -460,118 +475,3 @@ def _rules(step: Any) -> list[Any]:
 
 def _has_baseline(rule: Any) -> bool:
     return getattr(rule, "has_baseline", False)
-
-
-def _plain(x: Any) -> World:
-    return World(x, (), None, frozenset())
-
-
-def _aligned(x: Any, axes: tuple[int, ...], union: tuple[int, ...], lead: int = 0) -> Any:
-    """Insert axes of length one, so that `x` has all axes of `union` after `lead` leading ones."""
-    shape = list(jnp.shape(x))
-    for k, a in enumerate(union):
-        if a not in axes:
-            shape.insert(lead + k, 1)
-    return jnp.reshape(x, shape)
-
-
-def _plus(a: World, b: World) -> World:
-    union = tuple(sorted({*a.axes, *b.axes}))
-    value = _aligned(a.value, a.axes, union) + _aligned(b.value, b.axes, union)
-    others = None
-    if a.others is not None or b.others is not None:
-        x, y = (
-            _aligned(sg(w.value), w.axes, union)[None] if w.others is None else _aligned(w.others, w.axes, union, 1)
-            for w in (a, b)
-        )
-        others = x + y
-    return World(value, union, others, a.reach | b.reach)
-
-
-def _merged(terms: tuple[World, ...]) -> World:
-    """The sum of the terms as one value with all their axes."""
-    total = terms[0]
-    for t in terms[1:]:
-        total = _plus(total, t)
-    return total
-
-
-def _collected(terms: Sequence[World]) -> tuple[World, ...]:
-    """Terms that depend on the same choices, added up."""
-    groups: dict[Any, World] = {}
-    for t in terms:
-        alike = (t.axes, t.reach, t.others is None)
-        groups[alike] = _plus(groups[alike], t) if alike in groups else t
-    return tuple(groups.values())
-
-
-_LINEAR = frozenset(
-    "neg reduce_sum broadcast_in_dim reshape squeeze transpose expand_dims slice rev copy copy_p real "
-    "convert_element_type reduce_precision stop_gradient".split()
-)
-
-
-def _linear(step: Op, inputs: list[tuple[World, ...]]) -> list[list[World]] | None:
-    """The inputs of each term of the result, if the op is linear in the input that is a sum; None if it is not."""
-    if step.name in _LINEAR and len(inputs) == 1:
-        if step.name == "convert_element_type" and not _both_float(step, inputs[0][0]):
-            return None
-        return [[t] for t in inputs[0]]
-    if step.name in ("add", "add_any", "sub") and len(inputs) == 2:
-        zero = [_plain(jnp.zeros_like(ws[0].value[(0,) * len(ws[0].axes)])) for ws in inputs]
-        if all(len(ws) == 1 for ws in inputs) and _alike(inputs[0][0], inputs[1][0]):
-            return [[inputs[0][0], inputs[1][0]]]
-        return [[t, zero[1]] for t in inputs[0]] + [[zero[0], t] for t in inputs[1]]
-    if step.name in ("mul", "div") and len(inputs) == 2:
-        a, b = inputs
-        if len(b) == 1 and b[0].is_plain:
-            return [[t, b[0]] for t in a]
-        if step.name == "mul" and len(a) == 1 and a[0].is_plain:
-            return [[a[0], t] for t in b]
-    return None
-
-
-def _both_float(step: Op, w: World) -> bool:
-    return bool(jnp.issubdtype(step.params["new_dtype"], jnp.inexact) and jnp.issubdtype(w.value.dtype, jnp.inexact))
-
-
-def _alike(a: World, b: World) -> bool:
-    return a.axes == b.axes and a.reach == b.reach and (a.others is None) == (b.others is None)
-
-
-def _expected(t: World, probs: World, i: int) -> World:
-    """Σ over the values of choice i of p t."""
-    union = tuple(sorted({*t.axes, *probs.axes}))
-    at = union.index(i)
-    value = (_aligned(t.value, t.axes, union) * _aligned(probs.value, probs.axes, union)).sum(at)
-    others = None
-    if t.others is not None or probs.others is not None:
-        x, p = (
-            _aligned(sg(w.value), w.axes, union)[None] if w.others is None else _aligned(w.others, w.axes, union, 1)
-            for w in (t, probs)
-        )
-        others = sg((x * p).sum(1 + at))
-    return World(value, union[:at] + union[at + 1 :], others, t.reach | probs.reach)
-
-
-def _weighted(t: World, factor: _Factor) -> World:
-    """The term with the score and the alternative worlds of a choice accounted for."""
-    parts = [w for w in (factor.score, *(w for _, w in factor.weights)) if w is not None]
-    union = tuple(sorted({*t.axes, *(a for w in parts for a in w.axes)}))
-    reach = (t.reach - {factor.step}).union(*(w.reach for w in parts))
-    value = sampled = _aligned(t.value, t.axes, union)
-    if factor.score is not None:
-        score = _aligned(factor.score.value, factor.score.axes, union)
-        value = value * jnp.exp(score - sg(score)).astype(value.dtype)
-    if t.others is not None:
-        others = _aligned(t.others, t.axes, union, 1)
-        for star, weights in factor.weights:
-            w = jnp.moveaxis(weights.value, -1, 0)
-            w = _aligned(w, weights.axes, union, 1).astype(value.dtype)
-            gain = others[star.offset : star.offset + star.count] - sampled[None]
-            value = value + (sg(gain) * w).sum(0)
-    return World(value, union, t.others if union == t.axes else _wide(t, union), reach)
-
-
-def _wide(t: World, union: tuple[int, ...]) -> Any:
-    return None if t.others is None else _aligned(t.others, t.axes, union, 1)

@@ -1,0 +1,196 @@
+"""Values in many worlds at once: arrays with an axis for every enumerated choice that they depend on.
+
+Sums of terms with different axes are kept as tuples of terms, so that each has the axes that it needs and no more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from vi.chains import LINEAR
+from vi.errors import StrategyError
+from vi.jaxpr import Op
+from vi.planning import Star
+
+sg = lax.stop_gradient
+
+
+class World(NamedTuple):
+    """A value that depends on choices.
+
+    value   the array in the sampled world; leading axes: one per enumerated choice in `axes`, in the order of sampling
+    others  the same in all alternative worlds, with these as the very first axis; None if they do not differ
+    reach   the other top-level choices (or loops with choices) that it depends on
+    """
+
+    value: Any
+    axes: tuple[int, ...]
+    others: Any
+    reach: frozenset[int]
+
+    @property
+    def isplain(self) -> bool:
+        return not self.axes and self.others is None and not self.reach
+
+
+class Factor(NamedTuple):
+    """What is to be done with the terms that a choice (or a loop, or a branch with choices) reaches.
+
+    probs           probabilities of its values, if it is enumerated
+    score, control  Λ, and Σ b (exp(Λ - sg Λ) - 1) over the baselines b
+    weights         of its alternative worlds
+    moments         (number, Σ b, Σ b²) of the baselines
+    """
+
+    step: int
+    probs: World | None
+    score: World | None
+    control: World | None
+    weights: list[tuple[Star, World]]
+    moments: World | None
+
+
+def plain(x: Any) -> World:
+    return World(x, (), None, frozenset())
+
+
+def _aligned(x: Any, axes: tuple[int, ...], union: tuple[int, ...], lead: int = 0) -> Any:
+    """Insert axes of length one, so that `x` has all axes of `union` after `lead` leading ones."""
+    shape = list(jnp.shape(x))
+    for k, a in enumerate(union):
+        if a not in axes:
+            shape.insert(lead + k, 1)
+    return jnp.reshape(x, shape)
+
+
+def _plus(a: World, b: World) -> World:
+    union = tuple(sorted({*a.axes, *b.axes}))
+    value = _aligned(a.value, a.axes, union) + _aligned(b.value, b.axes, union)
+    others = None
+    if a.others is not None or b.others is not None:
+        x, y = (
+            _aligned(sg(w.value), w.axes, union)[None] if w.others is None else _aligned(w.others, w.axes, union, 1)
+            for w in (a, b)
+        )
+        others = x + y
+    return World(value, union, others, a.reach | b.reach)
+
+
+def merged(terms: tuple[World, ...]) -> World:
+    """The sum of the terms as one value with all their axes."""
+    total = terms[0]
+    for t in terms[1:]:
+        total = _plus(total, t)
+    return total
+
+
+def collected(terms: Sequence[World]) -> tuple[World, ...]:
+    """Terms that depend on the same choices, added up."""
+    groups: dict[Any, World] = {}
+    for t in terms:
+        alike = (t.axes, t.reach, t.others is None)
+        groups[alike] = _plus(groups[alike], t) if alike in groups else t
+    return tuple(groups.values())
+
+
+def linear(step: Op, inputs: list[tuple[World, ...]]) -> list[list[World]] | None:
+    """The inputs of each term of the result, if the op is linear in the input that is a sum; None if it is not."""
+    if len(inputs) == 1 and (step.name in LINEAR or _keeps_floats(step, inputs[0][0])):
+        return [[t] for t in inputs[0]]
+    if step.name in ("add", "add_any", "sub") and len(inputs) == 2:
+        zero = [plain(jnp.zeros_like(ws[0].value[(0,) * len(ws[0].axes)])) for ws in inputs]
+        if all(len(ws) == 1 for ws in inputs) and _alike(inputs[0][0], inputs[1][0]):
+            return [[inputs[0][0], inputs[1][0]]]
+        return [[t, zero[1]] for t in inputs[0]] + [[zero[0], t] for t in inputs[1]]
+    if step.name in ("mul", "div") and len(inputs) == 2:
+        a, b = inputs
+        if len(b) == 1 and b[0].isplain:
+            return [[t, b[0]] for t in a]
+        if step.name == "mul" and len(a) == 1 and a[0].isplain:
+            return [[a[0], t] for t in b]
+    return None
+
+
+def _keeps_floats(step: Op, w: World) -> bool:
+    """A cast from float to float."""
+    if step.name != "convert_element_type":
+        return False
+    return bool(jnp.issubdtype(step.params["new_dtype"], jnp.inexact) and jnp.issubdtype(w.value.dtype, jnp.inexact))
+
+
+def _alike(a: World, b: World) -> bool:
+    return a.axes == b.axes and a.reach == b.reach and (a.others is None) == (b.others is None)
+
+
+def expected(t: World, probs: World, i: int) -> World:
+    """Σ over the values of choice i of p t."""
+    union = tuple(sorted({*t.axes, *probs.axes}))
+    at = union.index(i)
+    value = (_aligned(t.value, t.axes, union) * _aligned(probs.value, probs.axes, union)).sum(at)
+    others = None
+    if t.others is not None or probs.others is not None:
+        x, p = (
+            _aligned(sg(w.value), w.axes, union)[None] if w.others is None else _aligned(w.others, w.axes, union, 1)
+            for w in (t, probs)
+        )
+        others = sg((x * p).sum(1 + at))
+    return World(value, union[:at] + union[at + 1 :], others, t.reach | probs.reach)
+
+
+def weighted(t: World, factor: Factor) -> World:
+    """The term with the score and the alternative worlds of a choice accounted for."""
+    parts = [w for w in (factor.score, *(w for _, w in factor.weights)) if w is not None]
+    union = tuple(sorted({*t.axes, *(a for w in parts for a in w.axes)}))
+    reach = (t.reach - {factor.step}).union(*(w.reach for w in parts))
+    value = sampled = _aligned(t.value, t.axes, union)
+    if factor.score is not None:
+        score = _aligned(factor.score.value, factor.score.axes, union)
+        value = value * jnp.exp(score - sg(score)).astype(value.dtype)
+    if t.others is not None:
+        others = _aligned(t.others, t.axes, union, 1)
+        for star, weights in factor.weights:
+            w = jnp.moveaxis(weights.value, -1, 0)
+            w = _aligned(w, weights.axes, union, 1).astype(value.dtype)
+            gain = others[star.offset : star.offset + star.worlds] - sampled[None]
+            value = value + _once(w, jnp.broadcast_to(sg(gain), jnp.broadcast_shapes(gain.shape, w.shape))).sum(0)
+        return World(value, union, others, reach)
+    return World(value, union, None, reach)
+
+
+def squared_error(y: World, moments: World) -> World:
+    """Σ (sg y - b)² over baselines with these moments (number, Σ b, Σ b²)."""
+    union = tuple(sorted({*y.axes, *moments.axes}))
+    signal = sg(_aligned(y.value, y.axes, union))
+    number, first, second = (_aligned(moments.value[..., k], moments.axes, union) for k in range(3))
+    value = sg(number) * signal**2 - 2 * signal * first + second
+    return World(value, union, None, frozenset())
+
+
+@jax.custom_jvp
+def _once(w: jax.Array, gain: jax.Array) -> jax.Array:
+    """gain · w, which can be differentiated once: what would be missing after that is the derivative of the gain."""
+    return gain * w
+
+
+@_once.defjvp
+def _once_jvp(primals: Any, tangents: Any) -> Any:
+    (w, gain), (w_dot, _) = primals, tangents
+    return gain * w, gain * _final(w) * w_dot
+
+
+@jax.custom_jvp
+def _final(w: jax.Array) -> jax.Array:
+    return jnp.ones_like(w)
+
+
+@_final.defjvp
+def _final_jvp(primals: Any, tangents: Any) -> Any:
+    raise StrategyError(
+        "mvd, leave_one_out, and enum where it is not exact (in loops, branches, or beyond max_worlds), give first derivatives "
+        "only; for second ones use reinforce, reparam or exact enum"
+    )
