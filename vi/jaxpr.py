@@ -261,6 +261,14 @@ def _draws(jaxpr: Any) -> bool:
     return any(e.primitive is _choice_p or any(_draws(_open(b)[0]) for b in _bodies(e)) for e in jaxpr.eqns)
 
 
+def _called(eqn: Any) -> str:
+    """The name of the function that an equation calls, "" if it calls none that has a name."""
+    if eqn.primitive.name == "custom_jvp_call":
+        info = getattr(_open(eqn.params["call_jaxpr"])[0], "debug_info", None)
+        return str(getattr(info, "func_src_info", "")).split(" ")[0]
+    return str(eqn.params.get("name", ""))
+
+
 def _run(eqn: Any) -> Callable[..., list[Any]]:
     def run(*values: Any) -> list[Any]:
         params = eqn.primitive.get_bind_params(eqn.params)
@@ -294,7 +302,7 @@ def _program(jaxpr: Any, consts: Sequence[Any]) -> Program:
             inputs = tuple(map(read, eqn.invars))
             name, params = eqn.primitive.name, eqn.params
             bodies = _bodies(eqn)
-            label = str(params.get("name", ""))
+            label = _called(eqn)
             drawn = eqn.primitive is _choice_p or any(_draws(_open(b)[0]) for b in bodies)
             kept = label in CONTINUOUS or label.startswith(CONTINUOUS_MARK)
             if name in _JITS and (drawn or not kept):

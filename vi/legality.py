@@ -6,15 +6,18 @@ pathwise draws that it depends on continuously, and those on which it depends th
 A draw of the second kind that reaches the result, or a parameter of another choice, is reported; what is computed and
 not used is not.
 
-Comparisons inside the functions listed in `vi.jaxpr.CONTINUOUS` (relu, softplus, clip, ...), and inside functions marked
-with `vi.continuous`, are taken to be harmless; so are tests for NaN and infinity, which are true with probability zero.
+Taken to be harmless are comparisons inside the functions listed in `vi.jaxpr.CONTINUOUS` (relu, softplus, clip, ...) and inside
+functions marked with `vi.continuous`; tests for NaN and infinity, which are true with probability zero; and conditions
+of which one outcome is a constant that is infinite or NaN (a density outside its support), as that shows in the result.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vi.jaxpr import (
     CONTINUOUS,
@@ -37,6 +40,7 @@ _COMPARISONS = frozenset([
     "eq", "ne", "lt", "le", "gt", "ge", "eq_to", "le_to", "lt_to", "sign", "argmax", "argmin", "reduce_argmax",
     "nextafter",
 ])  # fmt: skip
+_MOVED = frozenset(["broadcast_in_dim", "convert_element_type", "copy", "copy_p", "reshape"])
 _ROUNDING = frozenset(["floor", "ceil", "round", "rem"])
 _BITS = frozenset([
     "bitcast_convert_type", "reduce_and", "reduce_or", "and", "or", "not", "xor", "shift_left",
@@ -49,10 +53,16 @@ _UNKNOWN = frozenset(["pure_callback", "io_callback", "custom_call", "ffi_call"]
 
 
 class _Taint(NamedTuple):
-    """smooth: draws it depends on continuously; lost: draws it depends on otherwise, with the reason."""
+    """What is known of a value.
+
+    smooth     draws it depends on continuously
+    lost       draws it depends on otherwise, with the reason
+    undefined  a constant that is infinite or NaN
+    """
 
     smooth: frozenset[Path]
     lost: tuple[tuple[Path, str], ...]
+    undefined: bool = False
 
     def __or__(self, other: _Taint) -> _Taint:
         mine = dict(self.lost)
@@ -82,13 +92,16 @@ def _follow(
     env: dict[int, _Taint] = dict(zip(program.inputs, inputs, strict=True))
 
     def read(atom: Atom) -> _Taint:
-        return _CLEAN if isinstance(atom, Const) else env[atom]
+        return _constant(atom.value) if isinstance(atom, Const) else env[atom]
 
     for i, step in enumerate(program.steps):
         at = (*path, i)
         taints = [read(a) for a in step.inputs]
         if isinstance(step, Op):
-            outs = _op(step, taints, program, pathwise, reached)
+            types = [program.types[v].dtype for v in step.outputs]
+            outs = _op(step, taints, reached)
+            if not step.name.startswith("lu"):
+                outs = [_typed(t, d) for t, d in zip(outs, types, strict=True)]
         elif isinstance(step, Choice):
             # The parameters matter to the law of the draw, whatever its estimator.
             for taint in taints:
@@ -135,18 +148,36 @@ def _branches(step: Cond, taints: list[_Taint], at: Path, pathwise: frozenset[Pa
     return [x | index for x in outs]
 
 
-def _op(
-    op: Op, taints: list[_Taint], program: Program, pathwise: frozenset[Path], reached: dict[Path, str]
-) -> list[_Taint]:
+def _constant(value: object) -> _Taint:
+    """Of a scalar: whether it is infinite or NaN."""
+    if isinstance(value, jax.core.Tracer) or np.ndim(value) or not _inexact(jnp.result_type(value)):
+        return _CLEAN
+    return _CLEAN._replace(undefined=not np.isfinite(float(np.real(value))))
+
+
+def _typed(taint: _Taint, dtype: object) -> _Taint:
+    """Nothing is a continuous function to the integers."""
+    return taint if _inexact(dtype) else _lose(taint, f"a cast to {dtype}")
+
+
+def _op(op: Op, taints: list[_Taint], reached: dict[Path, str]) -> list[_Taint]:
     n = len(op.outputs)
     everything = _union(taints)
+    if op.name in _MOVED and taints[0].undefined:
+        return [taints[0]]
+    if op.name in ("mul", "neg") and any(t.undefined for t in taints):
+        return [everything._replace(undefined=True)]
+    if op.name == "select_n" and any(t.undefined for t in taints[1:]):
+        return [_union([t for t in taints[1:] if not t.undefined])]
+    if op.name.startswith("lu"):  # what is made of a factorisation does not depend on its pivots
+        return [_Taint(everything.smooth, everything.lost)] * n
     if not everything.smooth:
         return [everything] * n
     if op.name in CONTINUOUS or op.name.startswith(CONTINUOUS_MARK):
         return [everything] * n
     if op.name in _COMPARISONS:
         # x != x asks for NaN.
-        if op.name in ("ne", "eq") and op.inputs[0] == op.inputs[1]:
+        if (op.name in ("ne", "eq") and op.inputs[0] == op.inputs[1]) or any(t.undefined for t in taints):
             return [_Taint(frozenset(), everything.lost)] * n
         return [_lose(everything, f"a comparison ({op.name})")] * n
     if op.name == "is_finite":
@@ -157,8 +188,6 @@ def _op(
         return [_lose(everything, f"an operation on bits ({op.name})")] * n
     if op.name in _UNKNOWN:
         return [_lose(everything, f"a function that cannot be looked into ({op.name})")] * n
-    if op.name == "convert_element_type" and not _inexact(op.params["new_dtype"]):
-        return [_lose(everything, f"a cast to {op.params['new_dtype']}")] * n
     if op.name in _POSITIONS or op.name.startswith("scatter"):
         first = _POSITIONS.get(op.name, _SCATTER)
         last = first + 1 if op.name != "dynamic_slice" and op.name != "dynamic_update_slice" else len(taints)
