@@ -144,7 +144,7 @@ def _affine(step: Any, position: int, others_random: bool) -> bool:
     return not others_random and (step.name == "mul" or (step.name == "div" and position == 0))
 
 
-def summed(
+def enumerated_scan(
     scan: Scan, found: Chain, values: list[Any], size: int, support: Callable[..., tuple[jax.Array, jax.Array]]
 ) -> tuple[list[Any], jax.Array]:
     """The outputs of the scan (states with the K values of the last choice in front), and that choice's distribution.

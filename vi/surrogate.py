@@ -31,11 +31,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from vi.chains import summed
+from vi.chains import enumerated_scan
 from vi.choices import PATHWISE, Values
 from vi.jaxpr import Choice, Cond, Const, Lanes, Op, Program, Scan, depends
 from vi.planning import Path, Plan, Star, leaf_types, leaves_one_out, plan
-from vi.worlds import Factor, World, collected, expected, linear, merged, plain, squared_error, weighted
+from vi.worlds import Factor, World, collected, expected, linear, merged, plain, squared_error, summed, weighted
 
 sg = lax.stop_gradient
 
@@ -59,13 +59,16 @@ def surrogate(
     program: Program, args: Sequence[Any], key: jax.Array, override: dict[str, str], max_worlds: int
 ) -> Surrogate:
     """The surrogate of a staged program with one scalar output; the arguments are those of `vi.planning.plan`."""
+    layout = plan(program, override, max_worlds)
     sampled: frozenset[int] = frozenset()
     while True:
-        layout = plan(program, override, max_worlds, sampled)
         try:
             return _Run(layout, max_worlds).top(program, args, key)
         except TooManyWorlds as too_many:
-            sampled |= too_many.choices
+            # At the second time all of them, so that the program is never run over and over.
+            enumerated = frozenset(p[0] for p, site in layout.sites.items() if site.exact)
+            sampled = enumerated if sampled else too_many.choices
+            layout = plan(program, override, max_worlds, sampled)
 
 
 # ---- one choice --------------------------------------------------------------------------------------------------------
@@ -77,18 +80,30 @@ def _over(lanes: Sequence[int], f: Callable[..., Any], out_axes: int = 0) -> Cal
     return f
 
 
-def _keys(key: jax.Array, number: int, lanes: tuple[int, ...]) -> jax.Array:
-    key = jax.random.fold_in(key, number)
+class _Source(NamedTuple):
+    """Randomness of one step: `key` of the program around it, and the step's number there."""
+
+    key: jax.Array
+    number: int
+
+    def draw(self) -> jax.Array:
+        return jax.random.fold_in(self.key, 2 * self.number)
+
+    def alternatives(self) -> jax.Array:
+        return jax.random.fold_in(self.key, 2 * self.number + 1)
+
+
+def _split(key: jax.Array, lanes: tuple[int, ...]) -> jax.Array:
     return jax.random.split(key, lanes) if lanes else key
 
 
-def _draw(step: Choice, strategy: str, leaves: Values, key: jax.Array) -> Values:
+def _draw(step: Choice, strategy: str, leaves: Values, source: _Source) -> Values:
     def one(key: jax.Array, *leaves: jax.Array) -> Values:
         if strategy in (*PATHWISE, "none"):
             return step.rule.pathwise(strategy, leaves, key)
         return step.rule.draw(leaves, key)
 
-    return _over(step.lanes, one)(_keys(key, 0, step.lanes), *leaves)
+    return _over(step.lanes, one)(_split(source.draw(), step.lanes), *leaves)
 
 
 def _score(step: Choice, leaves: Values, values: Values) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -98,25 +113,25 @@ def _score(step: Choice, leaves: Values, values: Values) -> tuple[jax.Array, jax
     return _float(score.sum()), _float(control.sum()), _float(moments.reshape(-1, 3).sum(0))
 
 
-def _alternatives(step: Choice, strategy: str, leaves: Values, values: Values, key: jax.Array) -> tuple[Any, Any]:
+def _alternatives(step: Choice, strategy: str, leaves: Values, values: Values, source: _Source) -> tuple[Any, Any]:
     """(options, lanes, elements, event) values and (options, lanes, elements) weights."""
     n = len(leaves)
 
     def one(key: jax.Array, *a: jax.Array) -> Any:
         return step.rule.alternatives(strategy, a[:n], a[n:], key)
 
-    return _over(step.lanes, one, out_axes=1)(_keys(key, 1, step.lanes), *leaves, *values)
+    return _over(step.lanes, one, out_axes=1)(_split(source.alternatives(), step.lanes), *leaves, *values)
 
 
 def _star(
-    step: Choice, strategy: str, star: Star, leaves: Values, key: jax.Array, number: Any
+    step: Choice, strategy: str, star: Star, leaves: Values, source: _Source, number: Any
 ) -> tuple[Values, jax.Array]:
     """The choice in one world, and the weights of all its worlds, (elements · options,).
 
     number: which of them, counted element by element; out of range for a world in which the choice is as sampled.
     """
-    (value,) = values = _draw(step, strategy, leaves, key)
-    options, weights = _alternatives(step, strategy, leaves, values, key)
+    (value,) = values = _draw(step, strategy, leaves, source)
+    options, weights = _alternatives(step, strategy, leaves, values, source)
     event = value.shape[weights.ndim - 1 :]
     options = options.reshape(star.options, star.elements, *event).astype(value.dtype)
     chosen = options[jnp.clip(number % star.options, 0, star.options - 1)]
@@ -125,6 +140,17 @@ def _star(
     flat = value.reshape(star.elements, *event)
     flat = jnp.where(hit.reshape(-1, *(1 for _ in event)), chosen, flat)
     return (flat.reshape(value.shape),), _float(weights.reshape(star.options, star.elements).T.reshape(-1))
+
+
+def _each_alone(value: jax.Array, options: jax.Array, star: Star, event: tuple[int, ...]) -> jax.Array:
+    """The value with one element replaced by one of its options, (elements · options, *value), element by element."""
+    options = options.astype(value.dtype)
+    if star.elements == 1:
+        return options.reshape(star.options, *value.shape)
+    here = jnp.eye(star.elements, dtype=bool).reshape(star.elements, 1, star.elements, *(1 for _ in event))
+    flat = value.reshape(1, 1, star.elements, *event)
+    replaced = jnp.where(here, options.reshape(1, star.options, star.elements, *event), flat)
+    return replaced.reshape(star.elements * star.options, *value.shape)
 
 
 def _combinations(support: jax.Array, log_probs: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -208,22 +234,23 @@ class _Run:
             if isinstance(step, Op):
                 outs = step.run(*inputs)
             else:
-                here = jax.random.fold_in(key, i)
-                outs, left = self.step(step, list(map(_as_array, inputs)), here, world, (*path, i), repeat, outer)
+                outs, left = self.step(
+                    step, list(map(_as_array, inputs)), _Source(key, i), world, (*path, i), repeat, outer
+                )
                 effects = _add(effects, left)
             env.update(zip(step.outputs, outs, strict=True))
         return [a.value if isinstance(a, Const) else env[a] for a in program.outputs], effects
 
     def step(
-        self, step: Any, inputs: list[Any], key: jax.Array, world: Any, at: Path, repeat: Any, outer: int
+        self, step: Any, inputs: list[Any], source: _Source, world: Any, at: Path, repeat: Any, outer: int
     ) -> tuple[Sequence[Any], _Effects]:
         if isinstance(step, Choice):
-            return self.choice(step, inputs, key, world, at, repeat)
+            return self.choice(step, inputs, source, world, at, repeat)
         if isinstance(step, Scan):
-            return self.scan(step, inputs, key, world, at, repeat, outer)
+            return self.scan(step, inputs, source, world, at, repeat, outer)
         if isinstance(step, Lanes):
-            return self.lanes(step, inputs, key, world, at, repeat, outer)
-        return self.cond(step, inputs, key, world, at, repeat, outer)
+            return self.lanes(step, inputs, source, world, at, repeat, outer)
+        return self.cond(step, inputs, source, world, at, repeat, outer)
 
     def number(self, at: Path, world: Any, repeat: Any) -> Any:
         """Which alternative of the source at `at` this world is in this run of the loops; out of range if none."""
@@ -231,15 +258,15 @@ class _Run:
         return world - star.offset - repeat * (star.elements * star.options)
 
     def choice(
-        self, step: Choice, leaves: list[Any], key: jax.Array, world: Any, at: Path, repeat: Any
+        self, step: Choice, leaves: list[Any], source: _Source, world: Any, at: Path, repeat: Any
     ) -> tuple[Values, _Effects]:
         strategy = self.plan.sites[at].strategy
         nothing = _nothing()
         if at in self.plan.stars:
             number = self.number(at, world, repeat)
-            values, weights = _star(step, strategy, self.plan.stars[at], tuple(leaves), key, number)
+            values, weights = _star(step, strategy, self.plan.stars[at], tuple(leaves), source, number)
             return values, nothing._replace(weights={at: weights})
-        values = _draw(step, strategy, tuple(leaves), key)
+        values = _draw(step, strategy, tuple(leaves), source)
         if strategy != "reinforce":
             return values, nothing
         score, control, moments = _score(step, tuple(leaves), values)
@@ -248,7 +275,7 @@ class _Run:
         return values, nothing._replace(score=score, control=control, moments=moments)
 
     def scan(
-        self, step: Scan, inputs: list[Any], key: jax.Array, world: Any, at: Path, repeat: Any, outer: int
+        self, step: Scan, inputs: list[Any], source: _Source, world: Any, at: Path, repeat: Any, outer: int
     ) -> tuple[Sequence[Any], _Effects]:
         n, c = step.n_consts, step.n_carry
         consts, init, rows = inputs[:n], inputs[n : n + c], inputs[n + c :]
@@ -256,7 +283,7 @@ class _Run:
 
         def body(carry: Any, row: Any) -> Any:
             t, *row = row
-            here = jax.random.fold_in(key, t)
+            here = jax.random.fold_in(source.draw(), t)
             outs, left = self.inner(
                 step.body, [*consts, *carry, *row], here, world, at, repeat * step.length + t, outer * step.length
             )
@@ -267,12 +294,12 @@ class _Run:
         return [*carry, *ys], _summed(left)
 
     def lanes(
-        self, step: Lanes, inputs: list[Any], key: jax.Array, world: Any, at: Path, repeat: Any, outer: int
+        self, step: Lanes, inputs: list[Any], source: _Source, world: Any, at: Path, repeat: Any, outer: int
     ) -> tuple[Sequence[Any], _Effects]:
         consts, rows = inputs[: step.n_consts], inputs[step.n_consts :]
 
         def body(lane: Any, *row: Any) -> Any:
-            here = jax.random.fold_in(key, lane)
+            here = jax.random.fold_in(source.draw(), lane)
             return self.inner(
                 step.body, [*consts, *row], here, world, at, repeat * step.length + lane, outer * step.length
             )
@@ -287,13 +314,13 @@ class _Run:
         return outs, effects
 
     def cond(
-        self, step: Cond, inputs: list[Any], key: jax.Array, world: Any, at: Path, repeat: Any, outer: int
+        self, step: Cond, inputs: list[Any], source: _Source, world: Any, at: Path, repeat: Any, outer: int
     ) -> tuple[Sequence[Any], _Effects]:
         sources = {p: s for p, s in self.plan.stars.items() if p[: len(at)] == at and len(p) > len(at)}
 
         def branch(b: int) -> Callable[..., Any]:
             def run(*operands: Any) -> Any:
-                outs, left = self.inner(step.branches[b], operands, key, world, (*at, b), repeat, outer)
+                outs, left = self.inner(step.branches[b], operands, source.draw(), world, (*at, b), repeat, outer)
                 outs = [jnp.asarray(o).astype(d) for o, d in zip(outs, types, strict=True)]
                 zeros = {p: jnp.zeros(s.worlds // outer, left.score.dtype) for p, s in sources.items()}
                 return outs, left._replace(weights={**zeros, **left.weights})
@@ -317,9 +344,9 @@ class _Run:
         for i, step in enumerate(program.steps):
             inputs = list(map(read, step.inputs))
             if isinstance(step, Op):
-                env.update(zip(step.outputs, self.op(step, inputs), strict=True))
+                env.update(zip(step.outputs, self.op(step, inputs, program.types), strict=True))
                 continue
-            outs, factor = self.factor(step, [_array(merged(ws)) for ws in inputs], jax.random.fold_in(key, i), i)
+            outs, factor = self.factor(step, [_array(merged(ws)) for ws in inputs], _Source(key, i), i)
             env.update(zip(step.outputs, ((o,) for o in outs), strict=True))
             factors.append(factor)
         (output,) = program.outputs
@@ -350,29 +377,35 @@ class _Run:
         others = jax.vmap(over_axes, in_axes=(0, *dims))(numbers, *values)
         return out, jax.tree.map(sg, others), axes, reach
 
-    def op(self, step: Op, inputs: list[tuple[World, ...]]) -> list[tuple[World, ...]]:
+    def op(self, step: Op, inputs: list[tuple[World, ...]], types: dict[int, Any]) -> list[tuple[World, ...]]:
         """A computation without choices; sums and what is linear in a sum keep its terms apart."""
-        if all(len(ws) == 1 and ws[0].isplain for ws in inputs):
+        if all(len(ws) == 1 and ws[0].is_plain for ws in inputs):
             return [(plain(x),) for x in step.run(*(ws[0].value for ws in inputs))]
-        terms = linear(step, inputs)
+        out = types[step.outputs[0]]
+        terms = summed(step, inputs, out.shape, out.dtype)
         if terms is not None:
-            return [collected([self.apply(step, t)[0] for t in terms])]
+            return [collected(terms)]
+        parts = linear(step, inputs)
+        if parts is not None:
+            return [collected([self.apply(step, t)[0] for t in parts])]
         return [(w,) for w in self.apply(step, list(map(merged, inputs)))]
 
     def apply(self, step: Op, inputs: Sequence[World]) -> list[World]:
         outs, others, axes, reach = self.lift(lambda _, *v: step.run(*v), inputs)
         return [World(x, axes, None if others is None else others[k], reach) for k, x in enumerate(outs)]
 
-    def factor(self, step: Any, inputs: list[World], key: jax.Array, i: int) -> tuple[list[World], Factor]:
+    def factor(self, step: Any, inputs: list[World], source: _Source, i: int) -> tuple[list[World], Factor]:
         """The values of a choice, loop or branch, and what is to be done when it is taken out."""
         if isinstance(step, Choice) and self.plan.sites[(i,)].exact:
             return self.enumerated(step, inputs, i)
         if i in self.plan.chains:
             return self.chain(step, inputs, i)
+        if (i,) in self.plan.stars and isinstance(step, Choice):
+            return self.starred(step, inputs, source, i)
         sources = {p: s for p, s in self.plan.stars.items() if p[0] == i}
 
         def run(world: Any, *values: Any) -> Any:
-            return self.step(step, list(values), key, world, (i,), 0, 1)
+            return self.step(step, list(values), source, world, (i,), 0, 1)
 
         (outs, left), others, axes, reach = self.lift(run, inputs, source=bool(sources))
         mine = reach | {i}
@@ -384,6 +417,27 @@ class _Run:
         moments = World(left.moments, axes, None, reach) if baselines else None
         weights = [(sources[p], World(w, axes, None, reach)) for p, w in left.weights.items()]
         return worlds, Factor(i, None, score, control, weights, moments)
+
+    def starred(self, step: Choice, inputs: list[World], source: _Source, i: int) -> tuple[list[World], Factor]:
+        """A choice with alternative worlds: in its own ones it has its alternatives, in the others it is as sampled there."""
+        star, strategy = self.plan.stars[(i,)], self.plan.sites[(i,)].strategy
+
+        def draw(_: Any, *leaves: Any) -> jax.Array:
+            return _draw(step, strategy, leaves, source)[0]
+
+        def alternatives(_: Any, *leaves: Any) -> tuple[jax.Array, jax.Array]:
+            value = draw(_, *leaves)
+            options, weights = _alternatives(step, strategy, leaves, (value,), source)
+            alone = _each_alone(value, options, star, value.shape[weights.ndim - 1 :])
+            return sg(alone), _float(weights.reshape(star.options, star.elements).T.reshape(-1))
+
+        value, others, axes, reach = self.lift(draw, inputs)
+        (options, weights), _, _, _ = self.lift(alternatives, [w._replace(others=None) for w in inputs])
+        if others is None:
+            others = jnp.broadcast_to(sg(value), (self.plan.total, *value.shape))
+        others = others.at[star.offset : star.offset + star.worlds].set(jnp.moveaxis(options, len(axes), 0))
+        weight = World(weights, axes, None, reach)
+        return [World(value, axes, others, reach | {i})], Factor(i, None, None, None, [(star, weight)], None)
 
     def enumerated(self, step: Choice, inputs: list[World], i: int) -> tuple[list[World], Factor]:
         support = partial(_support, step)
@@ -410,7 +464,7 @@ class _Run:
         size = jax.eval_shape(partial(_support, choice), *types)[1].shape[0]
 
         def run(_: Any, *values: Any) -> Any:
-            return summed(step, found, list(values), size, partial(_support, choice))
+            return enumerated_scan(step, found, list(values), size, partial(_support, choice))
 
         (outs, last), others, axes, reach = self.lift(run, inputs)
         self.sizes[i] = size

@@ -34,7 +34,7 @@ class World(NamedTuple):
     reach: frozenset[int]
 
     @property
-    def isplain(self) -> bool:
+    def is_plain(self) -> bool:
         return not self.axes and self.others is None and not self.reach
 
 
@@ -98,20 +98,42 @@ def collected(terms: Sequence[World]) -> tuple[World, ...]:
     return tuple(groups.values())
 
 
+def summed(step: Op, inputs: list[tuple[World, ...]], shape: tuple[int, ...], dtype: Any) -> list[World] | None:
+    """The terms of a sum or difference whose parts depend on different choices; None if the op is none."""
+    if step.name not in ("add", "add_any", "sub"):
+        return None
+    if all(len(ws) == 1 for ws in inputs) and _alike(inputs[0][0], inputs[1][0]):
+        return None
+
+    def term(w: World, sign: int) -> World:
+        value = _term(w.value, len(w.axes), shape, dtype, sign)
+        return w._replace(
+            value=value, others=w.others if w.others is None else _term(w.others, len(w.axes) + 1, shape, dtype, sign)
+        )
+
+    second = -1 if step.name == "sub" else 1
+    return [term(w, 1) for w in inputs[0]] + [term(w, second) for w in inputs[1]]
+
+
+def _term(x: Any, lead: int, shape: tuple[int, ...], dtype: Any, sign: int) -> Any:
+    """x or -x, broadcast to the shape of the sum after `lead` axes of worlds."""
+    x = jnp.asarray(x, dtype)
+    if x.shape[lead:] != shape:
+        x = jnp.broadcast_to(
+            x.reshape(*x.shape[:lead], *(1,) * (len(shape) - x.ndim + lead), *x.shape[lead:]), (*x.shape[:lead], *shape)
+        )
+    return -x if sign < 0 else x
+
+
 def linear(step: Op, inputs: list[tuple[World, ...]]) -> list[list[World]] | None:
-    """The inputs of each term of the result, if the op is linear in the input that is a sum; None if it is not."""
+    """The inputs of each term of the result, if the op is linear in the one input that is a sum; None if it is not."""
     if len(inputs) == 1 and (step.name in LINEAR or _keeps_floats(step, inputs[0][0])):
         return [[t] for t in inputs[0]]
-    if step.name in ("add", "add_any", "sub") and len(inputs) == 2:
-        zero = [plain(jnp.zeros_like(ws[0].value[(0,) * len(ws[0].axes)])) for ws in inputs]
-        if all(len(ws) == 1 for ws in inputs) and _alike(inputs[0][0], inputs[1][0]):
-            return [[inputs[0][0], inputs[1][0]]]
-        return [[t, zero[1]] for t in inputs[0]] + [[zero[0], t] for t in inputs[1]]
     if step.name in ("mul", "div") and len(inputs) == 2:
         a, b = inputs
-        if len(b) == 1 and b[0].isplain:
+        if len(b) == 1 and b[0].is_plain:
             return [[t, b[0]] for t in a]
-        if step.name == "mul" and len(a) == 1 and a[0].isplain:
+        if step.name == "mul" and len(a) == 1 and a[0].is_plain:
             return [[a[0], t] for t in b]
     return None
 
