@@ -8,10 +8,7 @@ history, early stop, callback and checkpoint.  The batches of chunk c = 1, 2, ..
 that a run resumed from a checkpoint repeats an uninterrupted one bit by bit.
 """
 
-import hashlib
-import json
 import os
-import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,6 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Key, PyTree
+
+from theory import checkpoint as files
 
 Apply = Callable[[Any, Array], Array]  # (params, one input) -> scalar
 _FORMAT = 1
@@ -143,8 +142,8 @@ def train(
         "clip": clip,
         "stop_risk": stop_risk,
         "chunk": chunk,
-        "start": _digest(params),
-        "data": _digest((x, y)),
+        "start": files.digest(params),
+        "data": files.digest((x, y)),
         "key": np.asarray(jax.random.key_data(key)).tolist(),
     }
     if checkpoint is not None and not Path(checkpoint).parent.is_dir():
@@ -201,60 +200,27 @@ def _check(
         raise ValueError(f"train: clip is {clip}, expected a positive number or None")
 
 
-def _digest(tree: PyTree) -> str:
-    state = hashlib.sha256()
-    leaves, structure = jax.tree.flatten(tree)
-    state.update(str(structure).encode())
-    for leaf in map(np.asarray, leaves):
-        state.update(f"{leaf.dtype}{leaf.shape}".encode() + leaf.tobytes())
-    return state.hexdigest()
-
-
 def _save(
     path: Path, settings: dict[str, Any], params: PyTree, steps: list[int], risks: list[float], stopped: str | None
 ) -> None:
-    """Write to a temporary file of the same folder, then rename: a reader finds the old state or the new one."""
-    header = json.dumps({"format": _FORMAT, "settings": settings, "stopped": stopped})
     arrays = {f"leaf_{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(params))}
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez(
-                file,
-                header=np.frombuffer(header.encode(), np.uint8),
-                risk_steps=np.asarray(steps),
-                risks=np.asarray(risks),
-                **arrays,
-            )
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+    arrays |= {"risk_steps": np.asarray(steps), "risks": np.asarray(risks)}
+    files.write(path, {"format": _FORMAT, "settings": settings, "stopped": stopped}, arrays)
 
 
 def _load(
     path: Path, settings: dict[str, Any], params: PyTree
 ) -> tuple[PyTree, list[int], list[float], str | None] | None:
-    if not path.exists():
+    saved = files.read(path, "train", _FORMAT, settings)
+    if saved is None:
         return None
-    with np.load(path, allow_pickle=False) as file:
-        if "header" not in file:
-            raise ValueError(f"train: {path} is not a checkpoint of train (it has no header)")
-        header = json.loads(file["header"].tobytes())
-        if header["format"] != _FORMAT:
-            raise ValueError(f"train: {path} has format {header['format']}, expected {_FORMAT}")
-        differing = [name for name, value in settings.items() if header["settings"].get(name) != value]
-        if differing:
-            raise ValueError(
-                f"train: {path} was written by a run with other {', '.join(differing)}; "
-                "use the same settings or another file"
-            )
-        leaves, structure = jax.tree.flatten(params)
-        # The view restores types that npz does not know, such as bfloat16.
-        restored = [jnp.asarray(file[f"leaf_{i}"].view(leaf.dtype)) for i, leaf in enumerate(leaves)]
-        return (
-            jax.tree.unflatten(structure, restored),
-            file["risk_steps"].tolist(),
-            file["risks"].tolist(),
-            header["stopped"],
-        )
+    header, arrays = saved
+    leaves, structure = jax.tree.flatten(params)
+    # The view restores types that npz does not know, such as bfloat16.
+    restored = [jnp.asarray(arrays[f"leaf_{i}"].view(leaf.dtype)) for i, leaf in enumerate(leaves)]
+    return (
+        jax.tree.unflatten(structure, restored),
+        arrays["risk_steps"].tolist(),
+        arrays["risks"].tolist(),
+        header["stopped"],
+    )

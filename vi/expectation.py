@@ -68,7 +68,7 @@ class Expectation:
         if not (isinstance(out, jax.ShapeDtypeStruct) and out.shape == () and jnp.issubdtype(out.dtype, jnp.floating)):
             found = jax.tree.map(lambda o: f"{o.dtype}{list(o.shape)}", out)
             raise ValueError(f"expectation: the function returns {found}; expected one real scalar")
-        return program, leaves
+        return program, [x if isinstance(x, jax.Array) else jnp.asarray(x) for x in leaves]
 
 
 @overload

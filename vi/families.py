@@ -69,6 +69,8 @@ _NO_CDF_GRADIENT = _named(
 # Their cdf is that of the unfolded distribution.
 _WRONG_CDF = _named(FoldedDistribution=True)
 
+_LOGITS = _named(BernoulliLogits=True, BinomialLogits=True)
+
 _WHY = {
     "reparam": "its draw is not a differentiable function of its parameters",
     "implicit": "it has no distribution function that can be differentiated",
@@ -104,7 +106,7 @@ def legal(d: Distribution) -> tuple[str, ...]:
         if len(values) <= ENUM_LIMIT:
             return ("enum", *mvd, "reinforce")
         return ("reinforce", "enum", *mvd) if kind in _BY_SUPPORT else (*mvd, "reinforce", "enum")
-    path = _pathwise(core, "reparam") is not None
+    path = _has_path(core)
     if path and _samples_implicitly(core):
         return ("implicit", "reparam", "reinforce", *mvd)
     cdf = ("implicit",) if _has_cdf(core) else ()
@@ -154,8 +156,7 @@ def implicit_draw(d: Distribution, key: Key[Array, ""]) -> Float[Array, "*elemen
 
 def log_prob(d: Distribution, value: Shaped[Array, "*elements_and_event"]) -> Float[Array, "*elements"]:
     """The log density of each element, unmasked; differentiating it in an edge of the support raises StrategyError."""
-    core = _scored(_core(d))
-    return jnp.broadcast_to(core.log_prob(value), element_shape(d))
+    return jnp.broadcast_to(_log_prob(_core(d), value), element_shape(d))
 
 
 def support(d: Distribution) -> tuple[Shaped[Array, "K *elements_and_event"], Float[Array, "K *elements"]]:
@@ -166,7 +167,7 @@ def support(d: Distribution) -> tuple[Shaped[Array, "K *elements_and_event"], Fl
     assert listed is not None
     values = listed.reshape((len(listed),) + (1,) * len(elements) + core.event_shape)
     values = jnp.broadcast_to(values, (len(listed), *elements, *core.event_shape))
-    return values, jnp.broadcast_to(_scored(core).log_prob(values), (len(listed), *elements))
+    return values, jnp.broadcast_to(_log_prob(core, values), (len(listed), *elements))
 
 
 def alternatives(
@@ -378,30 +379,31 @@ def _guard_children(d: Distribution, table: dict[type[Distribution], tuple[str, 
     return _guard(inner, table.get(type(d), ()), strategy)
 
 
-def _pathwise(d: Distribution, strategy: str) -> Any:
-    """`d` with the parameters that its sampler does not differentiate behind barriers; None if it has no such sampler."""
+def _has_path(d: Distribution) -> bool:
+    """Whether the sampler of `d`, and of all that it is made of, is differentiable."""
     if type(d) is dist.Delta:
-        return d
+        return True
     if type(d) in _JUMPS or type(d) in _NO_DENSITY:
-        return None
-    made_of_another = isinstance(d, (dist.TransformedDistribution, *WRAPPERS))
-    if not made_of_another and not d.reparametrized_params:
-        return None
-    inner: dict[str, Any] = {}
-    for name, field in fields(d).items():
-        if isinstance(field, Distribution):
-            inner[name] = _pathwise(field, strategy)
-            if inner[name] is None:
-                return None
-    free = tuple(type(d).arg_constraints) if made_of_another else d.reparametrized_params
-    fixed = tuple(name for name in type(d).arg_constraints if name not in free)
-    return _guard(replace(d, inner) if inner else d, fixed, strategy)
+        return False
+    parts = [field for field in fields(d).values() if isinstance(field, Distribution)]
+    return bool(_is_made_of_another(d) or d.reparametrized_params) and all(map(_has_path, parts))
+
+
+def _pathwise(d: Distribution, strategy: str) -> Any:
+    """`d` with the parameters that its sampler does not differentiate behind barriers."""
+    inner = map_children(d, lambda child: _pathwise(child, strategy))
+    if _is_made_of_another(d):
+        return inner
+    fixed = tuple(name for name in type(d).arg_constraints if name not in d.reparametrized_params)
+    return _guard(inner, fixed, strategy)
+
+
+def _is_made_of_another(d: Distribution) -> bool:
+    return isinstance(d, (dist.TransformedDistribution, *WRAPPERS))
 
 
 def _samples_implicitly(d: Distribution) -> bool:
-    if isinstance(d, (dist.TransformedDistribution, *WRAPPERS)):
-        return _samples_implicitly(d.base_dist)
-    return type(d) in _IMPLICIT
+    return _samples_implicitly(d.base_dist) if _is_made_of_another(d) else type(d) in _IMPLICIT
 
 
 def _is_discrete(d: Distribution) -> bool:
@@ -431,6 +433,16 @@ def _has_cdf(d: Distribution) -> bool:
 
 
 # --- supports that move ---
+
+
+def _log_prob(core: Any, value: Array) -> Array:
+    log_prob = _scored(core).log_prob(value)
+    if type(core) in _LOGITS:
+        # NumPyro writes log(1 + e^x) with a kink at x = 0, where the derivative that comes out is 0 and not 1/2: wrong
+        # at the logits that most programs start from.
+        n = core.total_count if type(core) is dist.BinomialLogits else 1
+        return lax.stop_gradient(log_prob) + _zero(value * core.logits - n * jax.nn.softplus(core.logits))
+    return log_prob
 
 
 def _scored(d: Distribution) -> Any:

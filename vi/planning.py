@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from vi import legality
 from vi.chains import Chain, chain
-from vi.choices import PATHWISE, Values
+from vi.choices import PATHWISE
 from vi.errors import StrategyError
 from vi.jaxpr import Choice, Cond, Const, Lanes, Program, Scan
 
@@ -72,7 +72,7 @@ class _Lane(NamedTuple):
 class _Found(NamedTuple):
     path: Path
     step: Choice
-    leaves: Values  # shapes and types of the parameters of one lane
+    leaves: Any  # shapes and types of the parameters of one lane
     repeats: int
     lane: _Lane | None  # the innermost `Lanes` around it
 
@@ -135,7 +135,7 @@ def _find(program: Program, path: Path, repeats: int, lane: _Lane | None) -> lis
     return found
 
 
-def leaf_types(step: Choice, program: Program, lanes: bool = False) -> Values:
+def leaf_types(step: Choice, program: Program, lanes: bool = False) -> tuple[jax.ShapeDtypeStruct, ...]:
     """Shapes and types of the parameters of a choice, with the lanes that vmap added or without."""
     skip = 0 if lanes else len(step.lanes)
 
@@ -187,7 +187,7 @@ def _labels(found: list[_Found]) -> str:
 def _legal(f: _Found) -> tuple[str, ...]:
     kept: list[tuple[str, ...]] = []
 
-    def look(leaves: Values) -> tuple[()]:
+    def look(leaves: Any) -> tuple[()]:
         kept.append(f.step.rule.legal(leaves))
         return ()
 
@@ -198,7 +198,7 @@ def _legal(f: _Found) -> tuple[str, ...]:
 def _counts(f: _Found, strategy: str) -> tuple[int, int]:
     """(alternatives of one element, elements with the lanes of vmap)."""
 
-    def weights(leaves: Values) -> Any:
+    def weights(leaves: Any) -> Any:
         key, rule = jax.random.key(0), f.step.rule
         return rule.alternatives(strategy, leaves, rule.draw(leaves, jax.random.key(1)), key)[1]
 

@@ -171,7 +171,7 @@ def _support(step: Choice, *leaves: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def _as_array(x: Any) -> jax.Array:
-    return x if hasattr(x, "dtype") else jnp.asarray(x)
+    return x if isinstance(x, jax.Array) else jnp.asarray(x)
 
 
 def _array(w: World) -> World:
@@ -381,8 +381,7 @@ class _Run:
         """A computation without choices; sums and what is linear in a sum keep its terms apart."""
         if all(len(ws) == 1 and ws[0].is_plain for ws in inputs):
             return [(plain(x),) for x in step.run(*(ws[0].value for ws in inputs))]
-        out = types[step.outputs[0]]
-        terms = summed(step, inputs, out.shape, out.dtype)
+        terms = summed(step, inputs, types)
         if terms is not None:
             return [collected(terms)]
         parts = linear(step, inputs)

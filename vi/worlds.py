@@ -98,12 +98,13 @@ def collected(terms: Sequence[World]) -> tuple[World, ...]:
     return tuple(groups.values())
 
 
-def summed(step: Op, inputs: list[tuple[World, ...]], shape: tuple[int, ...], dtype: Any) -> list[World] | None:
+def summed(step: Op, inputs: list[tuple[World, ...]], types: dict[int, Any]) -> list[World] | None:
     """The terms of a sum or difference whose parts depend on different choices; None if the op is none."""
     if step.name not in ("add", "add_any", "sub"):
         return None
     if all(len(ws) == 1 for ws in inputs) and _alike(inputs[0][0], inputs[1][0]):
         return None
+    shape, dtype = types[step.outputs[0]].shape, types[step.outputs[0]].dtype
 
     def term(w: World, sign: int) -> World:
         value = _term(w.value, len(w.axes), shape, dtype, sign)
