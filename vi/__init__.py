@@ -11,6 +11,7 @@ fit, gradient_report                                        optimisation; which 
 from vi.errors import AddressError, StrategyError, SupportError
 from vi.expectation import Expectation, batch, continuous, expectation, random_key, sample, vmap
 from vi.fit import FitInfo, fit
+from vi.gradient_report import GradientReport, gradient_report
 from vi.inference import importance, log_normalizer, marginal, normalize
 from vi.objectives import (
     diwhvi,
@@ -35,6 +36,7 @@ __all__ = [
     "AddressError",
     "Expectation",
     "FitInfo",
+    "GradientReport",
     "StrategyError",
     "SupportError",
     "Trace",
@@ -47,6 +49,7 @@ __all__ = [
     "expectation",
     "fit",
     "forward_kl",
+    "gradient_report",
     "hvi",
     "implicit",
     "importance",

@@ -159,6 +159,22 @@ def log_prob(d: Distribution, value: Shaped[Array, "*elements_and_event"]) -> Fl
     return jnp.broadcast_to(_log_prob(_core(d), value), element_shape(d))
 
 
+def density(d: Distribution, value: Any, *intermediates: Any) -> Array:
+    """The log density as NumPyro's `log_prob` gives it, masked and summed over events, with the right derivative in logits
+    that are zero.  `intermediates` are those of a transformed distribution."""
+    if type(_core(d)) not in _LOGITS:
+        return d.log_prob(value, *intermediates)
+    if isinstance(d, dist.Independent):
+        inner = density(d.base_dist, value)
+        return inner.sum(tuple(range(-d.reinterpreted_batch_ndims, 0)))
+    if isinstance(d, dist.MaskedDistribution):
+        return jnp.where(d._mask, density(d.base_dist, value), 0.0)
+    if isinstance(d, dist.ExpandedDistribution):
+        inner = density(d.base_dist, value)
+        return jnp.broadcast_to(inner, jnp.broadcast_shapes(inner.shape, d.batch_shape))
+    return _smooth_in_logits(d, value, d.log_prob(value))
+
+
 def support(d: Distribution) -> tuple[Shaped[Array, "K *elements_and_event"], Float[Array, "K *elements"]]:
     """All values that an element can take, and their log probabilities, for families with a finite support."""
     require(d, "enum")
@@ -436,13 +452,16 @@ def _has_cdf(d: Distribution) -> bool:
 
 
 def _log_prob(core: Any, value: Array) -> Array:
-    log_prob = _scored(core).log_prob(value)
-    if type(core) in _LOGITS:
-        # NumPyro writes log(1 + e^x) with a kink at x = 0, where the derivative that comes out is 0 and not 1/2: wrong
-        # at the logits that most programs start from.
-        n = core.total_count if type(core) is dist.BinomialLogits else 1
-        return lax.stop_gradient(log_prob) + _zero(value * core.logits - n * jax.nn.softplus(core.logits))
-    return log_prob
+    return _smooth_in_logits(core, value, _scored(core).log_prob(value))
+
+
+def _smooth_in_logits(core: Any, value: Array, log_prob: Array) -> Array:
+    """NumPyro writes log(1 + e^x) with a kink at x = 0, where the derivative that comes out is 0 and not 1/2: wrong at the
+    logits that most programs start from."""
+    if type(core) not in _LOGITS:
+        return log_prob
+    n = core.total_count if type(core) is dist.BinomialLogits else 1
+    return lax.stop_gradient(log_prob) + _zero(value * core.logits - n * jax.nn.softplus(core.logits))
 
 
 def _scored(d: Distribution) -> Any:

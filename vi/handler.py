@@ -15,6 +15,7 @@ from numpyro.primitives import _PYRO_STACK, Messenger
 
 from vi.errors import AddressError
 from vi.expectation import continuous, random_key, sample
+from vi.families import density
 from vi.jaxpr import trace_state
 from vi.strategies import reparam, split
 from vi.supports import check_support, static_support
@@ -385,7 +386,7 @@ def _log_prob(d: dist.Distribution, *args: Any) -> Any:
         inner = inner.base_dist
     if not type(inner).__module__.startswith("numpyro."):
         return d.log_prob(*args)
-    return continuous(lambda *args: d.log_prob(*args))(*args)
+    return continuous(lambda *args: density(d, *args))(*args)
 
 
 def _placeholder(fn: dist.Distribution) -> Any:

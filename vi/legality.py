@@ -13,7 +13,7 @@ of which one outcome is a constant that is infinite or NaN (a density outside it
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -148,7 +148,7 @@ def _branches(step: Cond, taints: list[_Taint], at: Path, pathwise: frozenset[Pa
     return [x | index for x in outs]
 
 
-def _constant(value: object) -> _Taint:
+def _constant(value: Any) -> _Taint:
     """Of a scalar: whether it is infinite or NaN."""
     if isinstance(value, jax.core.Tracer) or np.ndim(value) or not _inexact(jnp.result_type(value)):
         return _CLEAN

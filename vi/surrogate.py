@@ -497,8 +497,8 @@ class _Run:
                 terms = list(collected(rest))
             if factor.probs is not None:
                 errors = [expected(e, factor.probs, i) if i in e.axes else e for e in errors]
-        zero = jnp.zeros((), terms[0].value.dtype)
-        return Surrogate(sum((t.value for t in terms[1:]), terms[0].value), sum((e.value for e in errors), zero))
+        value = jnp.asarray(sum((t.value for t in terms[1:]), terms[0].value))
+        return Surrogate(value, sum((e.value for e in errors), jnp.zeros((), value.dtype)))
 
 
 def _summed(left: _Effects) -> _Effects:
