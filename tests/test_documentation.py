@@ -23,6 +23,15 @@ def test_readme_library_example() -> None:
     assert float(report.trace) <= float(report.exact) * (1 + 1e-5)  # 32-bit floats; the stated bound is the weaker one
 
 
+def test_readme_and_guide_examples_of_vi() -> None:
+    for page in ("README.md", "docs/vi.md"):
+        names: dict = {}
+        for example in [e for e in examples(page) if "vi." in e]:
+            exec(compile(example, page, "exec"), names)
+        assert names["jnp"].isfinite(names["value"]), page
+    assert {e.strategy for e in names["report"].estimates if e.agrees} >= {"reparam", "reinforce"}
+
+
 def test_guide_example_is_a_claim_that_holds() -> None:
     (example,) = [e for e in examples("docs/adding_a_paper.md") if "@claim" in e]
     names: dict = {}

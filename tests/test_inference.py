@@ -123,7 +123,10 @@ def test_density_of_normalize_integrates_to_one(key):
     for f, right in ((integral, True), (without, False)):
         rows = jax.vmap(lambda k, u, f=f: expectation(f)(k, jnp.array(1.5), u))
         draws = np.asarray(jax.jit(rows)(jax.random.split(key, 20000), noise), float)
-        assert (abs(z_score(draws, 1.0)) <= 5) == right, draws.mean()
+        if right:
+            assert_mean(draws, 1.0)
+        else:  # of infinite variance: cut off, it is above 1 all the more surely
+            assert z_score(np.minimum(draws, 20.0), 1.0) > 5, draws.mean()
 
 
 def test_bound_order(key):
