@@ -308,7 +308,7 @@ def _program(jaxpr: Any, consts: Sequence[Any]) -> Program:
             if name in _JITS and (drawn or not kept):
                 names.update(zip(eqn.outvars, walk(*_open(bodies[0]), inputs, label == _LANES), strict=True))
                 continue
-            if drawn and name in ("remat", "checkpoint"):
+            if drawn and name in ("remat", "remat2", "checkpoint"):
                 names.update(zip(eqn.outvars, walk(*_open(bodies[0]), inputs, False), strict=True))
                 continue
             outputs = tuple(map(fresh, eqn.outvars))

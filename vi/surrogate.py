@@ -320,13 +320,16 @@ class _Run:
 
         def branch(b: int) -> Callable[..., Any]:
             def run(*operands: Any) -> Any:
-                outs, left = self.inner(step.branches[b], operands, source.draw(), world, (*at, b), repeat, outer)
+                here = jax.random.wrap_key_data(bits, impl=jax.random.key_impl(source.key))
+                outs, left = self.inner(step.branches[b], operands, here, world, (*at, b), repeat, outer)
                 outs = [jnp.asarray(o).astype(d) for o, d in zip(outs, types, strict=True)]
                 zeros = {p: jnp.zeros(s.worlds // outer, left.score.dtype) for p, s in sources.items()}
                 return outs, left._replace(weights={**zeros, **left.weights})
 
             return run
 
+        # As bits: where the index is batched both branches run, and one key would be seen to be used by both.
+        bits = jax.random.key_data(source.draw())
         first = step.branches[0]
         types = [jnp.result_type(a.value) if isinstance(a, Const) else first.types[a].dtype for a in first.outputs]
         index, *operands = inputs
