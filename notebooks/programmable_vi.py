@@ -62,7 +62,9 @@ def moments(objective, *args, key, argnums=1):
 
 for name, strategy in COIN.items():
     values, gradients = moments(coin(strategy), 0.4, key=jax.random.key(0))
-    print(f"{name:10s} value {values.mean():.4f}  gradient {gradients.mean():.4f}  (standard deviation {gradients.std():.3f})")
+    print(
+        f"{name:10s} value {values.mean():.4f}  gradient {gradients.mean():.4f}  (standard deviation {gradients.std():.3f})"
+    )
 
 # %% [markdown]
 # ## A jump
@@ -143,10 +145,14 @@ print(report)
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
 for colour, (name, (mean, sd)) in zip(("C0", "C1"), SPREADS.items(), strict=True):
-    left.fill_between(THETAS, mean - sd, mean + sd, color=colour, alpha=0.25, label=f"{name}: mean ± one draw's deviation")
+    left.fill_between(
+        THETAS, mean - sd, mean + sd, color=colour, alpha=0.25, label=f"{name}: mean ± one draw's deviation"
+    )
     left.plot(THETAS, mean, color=colour)
 left.plot(THETAS, EXACT, "k--", lw=1, label="exact derivative")
-left.set(xlabel=r"$\theta$", ylabel="estimate of the derivative", title=r"$E\,(\theta-5)\,1[x>3]$,  $x\sim N(\theta,1)$")
+left.set(
+    xlabel=r"$\theta$", ylabel="estimate of the derivative", title=r"$E\,(\theta-5)\,1[x>3]$,  $x\sim N(\theta,1)$"
+)
 left.legend(fontsize=8)
 
 rows = [(f"{e.label}: {e.strategy}", e.total_variance) for e in report.estimates]

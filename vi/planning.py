@@ -13,7 +13,7 @@ from vi import legality
 from vi.chains import Chain, chain
 from vi.choices import PATHWISE
 from vi.errors import StrategyError
-from vi.jaxpr import Choice, Cond, Const, Lanes, Program, Scan
+from vi.jaxpr import Choice, Cond, Const, Lanes, Program, Scan, depends
 
 Path = tuple[int, ...]  # steps and branches that lead to a choice
 
@@ -54,13 +54,14 @@ class Site:
 class Plan:
     """sites: by path; stars: sources of alternative worlds by path (of a choice, or of lanes); total: number of worlds.
 
-    chains: scans, by their step, whose choice is summed over exactly
+    chains: scans, by their step, whose choice is summed over exactly; combinations: of all exactly enumerated choices
     """
 
     sites: dict[Path, Site]
     stars: dict[Path, Star]
     total: int
     chains: dict[int, Chain]
+    combinations: int
 
 
 class _Lane(NamedTuple):
@@ -90,7 +91,7 @@ def plan(program: Program, override: dict[str, str], max_worlds: int, sampled: f
     sites: dict[Path, Site] = {}
     stars: dict[Path, Star] = {}
     chains: dict[int, Chain] = {}
-    total = 0
+    total, combinations = 0, 1
     for f in found:
         rule, strategy = f.step.rule, strategies[f.path]
         exact, elements = False, math.prod(f.step.lanes)
@@ -101,9 +102,12 @@ def plan(program: Program, override: dict[str, str], max_worlds: int, sampled: f
                     exact = options**elements <= max_worlds
                 elif len(f.path) == 2 and options ** (2 * elements) <= max_worlds:
                     linked = chain(program, f.path[0])
-                    if linked is not None:
+                    # Values that move with the parameters make no state.
+                    if linked is not None and not depends(lambda *ls, rule=rule: rule.support(ls)[0], *f.leaves):
                         exact, chains[f.path[0]] = True, linked
-            if not exact:
+            if exact:
+                combinations *= options**elements
+            else:
                 stars[f.path] = Star(total, f.repeats, elements, options)
                 total += stars[f.path].worlds
         if strategy == "reinforce" and leaves_one_out(rule):
@@ -112,7 +116,7 @@ def plan(program: Program, override: dict[str, str], max_worlds: int, sampled: f
                 stars[lane.path] = Star(total, lane.repeats, lane.length, 1)
                 total += stars[lane.path].worlds
         sites[f.path] = Site(f.path, rule.label, strategy, f.repeats, elements, exact)
-    return Plan(sites, stars, total, chains)
+    return Plan(sites, stars, total, chains, combinations)
 
 
 def leaves_one_out(rule: Any) -> bool:

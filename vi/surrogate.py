@@ -61,14 +61,17 @@ def surrogate(
     """The surrogate of a staged program with one scalar output; the arguments are those of `vi.planning.plan`."""
     layout = plan(program, override, max_worlds)
     sampled: frozenset[int] = frozenset()
-    while True:
+    while layout.combinations > max_worlds:
+        run = _Run(layout, max_worlds)
         try:
-            return _Run(layout, max_worlds).top(program, args, key)
+            jax.eval_shape(lambda run=run: run.top(program, args, key))
+            break
         except TooManyWorlds as too_many:
-            # At the second time all of them, so that the program is never run over and over.
+            # At the second time all of them, so that the program is never tried over and over.
             enumerated = frozenset(p[0] for p, site in layout.sites.items() if site.exact)
             sampled = enumerated if sampled else too_many.choices
             layout = plan(program, override, max_worlds, sampled)
+    return _Run(layout, max_worlds).top(program, args, key)
 
 
 # ---- one choice --------------------------------------------------------------------------------------------------------
@@ -461,8 +464,6 @@ class _Run:
         choice = step.body.steps[found.choice]
         assert isinstance(choice, Choice)
         types = leaf_types(choice, step.body, lanes=True)
-        if depends(lambda *leaves: _support(choice, *leaves)[0], *types):
-            raise TooManyWorlds(frozenset((i,)))  # values that move with the parameters make no state
         size = jax.eval_shape(partial(_support, choice), *types)[1].shape[0]
 
         def run(_: Any, *values: Any) -> Any:
