@@ -15,7 +15,8 @@
 #
 # A program that draws at random has an average result, and the average depends on the program's parameters in two ways:
 # through what is computed from the draws, and through the *probabilities* of the draws.  Ordinary automatic
-# differentiation sees only the first.  `vi.expectation` gives both, for any mixture of estimators (Lew et al., POPL 2023; Becker et al., PLDI 2024).
+# differentiation sees only the first.  `vi.expectation` gives both, for any mixture of estimators (Lew et al., POPL 2023;
+# Becker et al., PLDI 2024).
 
 # %%
 import os

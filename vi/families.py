@@ -172,6 +172,8 @@ def density(d: Distribution, value: Any, *intermediates: Any) -> Array:
     if isinstance(d, dist.ExpandedDistribution):
         inner = density(d.base_dist, value)
         return jnp.broadcast_to(inner, jnp.broadcast_shapes(inner.shape, d.batch_shape))
+    if type(d) is dist.BernoulliLogits:
+        return _bernoulli(d, jnp.asarray(value))
     return _smooth_in_logits(d, value, d.log_prob(value))
 
 
@@ -462,6 +464,17 @@ def _smooth_in_logits(core: Any, value: Array, log_prob: Array) -> Array:
         return log_prob
     n = core.total_count if type(core) is dist.BinomialLogits else 1
     return lax.stop_gradient(log_prob) + _zero(value * core.logits - n * jax.nn.softplus(core.logits))
+
+
+def _bernoulli(d: Any, value: Array) -> Array:
+    """x l - log(1 + e^l) for logits l.  -|l| is written so that its slope at zero is 0, as that of max(l, 0) is 1/2."""
+    known = jnp.isfinite(d.logits)
+    logits = jnp.where(known, d.logits, 0.0)
+    positive = jnp.maximum(logits, 0.0)
+    inside = value * logits - positive - jnp.log1p(jnp.exp(logits - 2 * positive))
+    certain = jnp.where((d.logits > 0) == (value > 0), 0.0, -jnp.inf)
+    log_prob = jnp.where(known, inside, jnp.where(jnp.isnan(d.logits), d.logits, certain))
+    return jnp.where(d.support(value), log_prob, -jnp.inf) if d._validate_args else log_prob
 
 
 def _scored(d: Distribution) -> Any:

@@ -13,7 +13,7 @@ differs between the lanes.
     Cond    lax.cond or lax.switch with a random choice in some branch
     Lanes   `lanes`: a function that has random choices, evaluated for every lane
 
-Calls of jitted functions are written out, except those of `CONTINUOUS`, whose names matter to `vi.legality`.
+Calls of jitted functions are written out; what comes from a function of `CONTINUOUS` is marked for `vi.legality`.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ Atom = int | Const  # a variable of the program, or a constant
 
 @dataclass(frozen=True, eq=False)
 class Op:
-    """name: JAX's name of the primitive, or the name of a continuous function; run: values -> list of values."""
+    """name: JAX's name of the primitive; run: values -> list of values; trusted: part of a continuous function."""
 
     name: str
     inputs: tuple[Atom, ...]
@@ -63,6 +63,7 @@ class Op:
     run: Callable[..., list[Any]]
     params: dict[str, Any]
     bodies: tuple[Any, ...]  # jaxprs inside, for `subprograms`
+    trusted: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,7 +189,11 @@ def continuous(f: Callable[..., Any]) -> Callable[..., Any]:
     """`f` under a name that `vi.legality` takes as a promise of continuity."""
 
     def marked(*args: Any, **kwargs: Any) -> Any:
-        return f(*args, **kwargs)
+        out = f(*args, **kwargs)
+        for leaf in jax.tree.leaves(out):
+            if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+                raise StrategyError(f"continuous: the function returns {jnp.result_type(leaf)}; expected real numbers")
+        return out
 
     marked.__name__ = marked.__qualname__ = CONTINUOUS_MARK + getattr(f, "__name__", "function")
     return jax.jit(marked)
@@ -289,7 +294,9 @@ def _program(jaxpr: Any, consts: Sequence[Any]) -> Program:
 
     steps: list[Step] = []
 
-    def walk(jaxpr: Any, consts: Sequence[Any], args: Sequence[Atom], in_lanes: bool) -> list[Atom]:
+    def walk(
+        jaxpr: Any, consts: Sequence[Any], args: Sequence[Atom], in_lanes: bool = False, trusted: bool = False
+    ) -> list[Atom]:
         """Append the steps of a jaxpr; variables get numbers of their own each time, as one jaxpr may be called twice."""
         names: dict[Any, Atom] = {}
         names.update(zip(jaxpr.constvars, map(Const, consts), strict=True))
@@ -304,17 +311,17 @@ def _program(jaxpr: Any, consts: Sequence[Any]) -> Program:
             bodies = _bodies(eqn)
             label = _called(eqn)
             drawn = eqn.primitive is _choice_p or any(_draws(_open(b)[0]) for b in bodies)
-            kept = label in CONTINUOUS or label.startswith(CONTINUOUS_MARK)
-            if name in _JITS and (drawn or not kept):
-                names.update(zip(eqn.outvars, walk(*_open(bodies[0]), inputs, label == _LANES), strict=True))
+            known = trusted or label in CONTINUOUS or label.startswith(CONTINUOUS_MARK)
+            if name in _JITS:
+                names.update(zip(eqn.outvars, walk(*_open(bodies[0]), inputs, label == _LANES, known), strict=True))
                 continue
             if drawn and name in ("remat", "remat2", "checkpoint"):
-                names.update(zip(eqn.outvars, walk(*_open(bodies[0]), inputs, False), strict=True))
+                names.update(zip(eqn.outvars, walk(*_open(bodies[0]), inputs), strict=True))
                 continue
             outputs = tuple(map(fresh, eqn.outvars))
             names.update(zip(eqn.outvars, outputs, strict=True))
             if not drawn:
-                steps.append(Op(label if kept else name, inputs, outputs, _run(eqn), params, tuple(bodies)))
+                steps.append(Op(name, inputs, outputs, _run(eqn), params, tuple(bodies), known))
             elif eqn.primitive is _choice_p:
                 steps.append(Choice(inputs, outputs, params["rule"], params["lanes"]))
             elif name == "scan":
@@ -331,7 +338,7 @@ def _program(jaxpr: Any, consts: Sequence[Any]) -> Program:
         return [read(v) for v in jaxpr.outvars]
 
     arguments = tuple(map(fresh, jaxpr.invars))
-    outputs = walk(jaxpr, consts, arguments, False)
+    outputs = walk(jaxpr, consts, arguments)
     return Program(arguments, tuple(steps), tuple(outputs), types)
 
 

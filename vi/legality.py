@@ -20,8 +20,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from vi.jaxpr import (
-    CONTINUOUS,
-    CONTINUOUS_MARK,
     Atom,
     Choice,
     Cond,
@@ -100,7 +98,7 @@ def _follow(
         if isinstance(step, Op):
             types = [program.types[v].dtype for v in step.outputs]
             outs = _op(step, taints, reached)
-            if not step.name.startswith("lu"):
+            if not (step.trusted or step.name.startswith("lu")):
                 outs = [_typed(t, d) for t, d in zip(outs, types, strict=True)]
         elif isinstance(step, Choice):
             # The parameters matter to the law of the draw, whatever its estimator.
@@ -173,7 +171,7 @@ def _op(op: Op, taints: list[_Taint], reached: dict[Path, str]) -> list[_Taint]:
         return [_Taint(everything.smooth, everything.lost)] * n
     if not everything.smooth:
         return [everything] * n
-    if op.name in CONTINUOUS or op.name.startswith(CONTINUOUS_MARK):
+    if op.trusted:
         return [everything] * n
     if op.name in _COMPARISONS:
         # x != x asks for NaN.

@@ -84,13 +84,17 @@ def _over(lanes: Sequence[int], f: Callable[..., Any], out_axes: int = 0) -> Cal
 
 
 class _Source(NamedTuple):
-    """Randomness of one step: `key` of the program around it, and the step's number there."""
+    """Randomness of one step: `key` of the program around it, and the step's number there.
+
+    alone: no other step draws, and this one only once, so that it can have the key itself
+    """
 
     key: jax.Array
     number: int
+    alone: bool = False
 
     def draw(self) -> jax.Array:
-        return jax.random.fold_in(self.key, 2 * self.number)
+        return self.key if self.alone else jax.random.fold_in(self.key, 2 * self.number)
 
     def alternatives(self) -> jax.Array:
         return jax.random.fold_in(self.key, 2 * self.number + 1)
@@ -346,13 +350,14 @@ class _Run:
         def read(atom: Any) -> tuple[World, ...]:
             return (plain(atom.value),) if isinstance(atom, Const) else env[atom]
 
+        alone = self.plan.total == 0 and sum(not isinstance(step, Op) for step in program.steps) == 1
         factors: list[Factor] = []
         for i, step in enumerate(program.steps):
             inputs = list(map(read, step.inputs))
             if isinstance(step, Op):
                 env.update(zip(step.outputs, self.op(step, inputs, program.types), strict=True))
                 continue
-            outs, factor = self.factor(step, [_array(merged(ws)) for ws in inputs], _Source(key, i), i)
+            outs, factor = self.factor(step, [_array(merged(ws)) for ws in inputs], _Source(key, i, alone), i)
             env.update(zip(step.outputs, ((o,) for o in outs), strict=True))
             factors.append(factor)
         (output,) = program.outputs
