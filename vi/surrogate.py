@@ -6,16 +6,16 @@ here it is one function for reverse mode.)  What each strategy does:
 
     reparam, implicit   the draw itself is differentiable
     reinforce           what depends on the draw is multiplied by exp(Λ - sg Λ), Λ = log p, which is 1 and differentiable
-                        again and again; b (Λ - sg Λ) is subtracted for a baseline b
+                        again and again; b (exp(Λ - sg Λ) - 1) is subtracted for a baseline b
     enum                the draw is an axis that holds all K values, and only what depends on the draw has it
     mvd                 everything is run once more in all *alternative worlds*, in each of which one element of one choice has
                         another value: S = y + Σ_k sg(y_k - y) w_k, with weights w_k of value zero whose derivative is that of the
                         signed measure.  `enum` in loops does the same, with all K values as alternatives, and the
                         leave-one-out baseline too, its worlds being those in which one lane's results are replaced
 
-Inside loops and branches (`_inner`) values are plain arrays.  At the top level a value is a `World`: the array with one
+Inside loops and branches (`inner`) values are plain arrays.  At the top level a value is a `World`: the array with one
 leading axis per enumerated choice on which it depends, and its values in all alternative worlds if these differ.  Sums of
-terms with different axes stay lists of terms, so that each term has the axes it needs and no more.  At the end (`_take_out`)
+terms with different axes stay lists of terms, so that each term has the axes it needs and no more.  At the end (`take_out`)
 the choices are removed in the reverse order of sampling, each by its expectation given the earlier ones: a chain of n choices
 of K values with local costs takes n K² work, not K^n.
 """
