@@ -56,3 +56,14 @@ def no_shape_checks(monkeypatch: pytest.MonkeyPatch):
     from jaxtyping import config
 
     monkeypatch.setattr(config, "jaxtyping_disable", True)
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """Compile without most optimisations, for modules that compile much and compute little."""
+    import jax
+
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)

@@ -20,6 +20,8 @@ from scipy import stats
 
 import vi
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 RARE = 1e-6
 LIMIT = stats.norm.isf(RARE / 2)
 BY = {"reparam": vi.reparam, "implicit": vi.implicit, "reinforce": vi.reinforce, "enum": vi.enum, "mvd": vi.mvd}

@@ -21,6 +21,8 @@ from scipy import stats
 from vi import families
 from vi.errors import StrategyError
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 N = 10_000
 Z = 4.5
 

@@ -17,6 +17,8 @@ from rich.console import Console
 from vi import expectation, reinforce, reparam, sample
 from vi.fit import fit
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def noisy_square(key, params):
     """E = |w - 3|² + |b + 1|² + constant, with noise in the gradient."""

@@ -12,6 +12,8 @@ import vi
 from vi import expectation, mvd, random_key, reinforce, sample
 from vi.gradient_report import Moments, _limit, _merged, _moments, gradient_report
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 DRAWS = 4000
 
 

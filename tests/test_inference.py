@@ -12,6 +12,8 @@ from vi.errors import AddressError
 from vi.inference import bind, importance, log_normalizer, marginal, normalize
 from vi.programs import log_density, sim
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 RARE = 6e-7
 """Error rate of each z-test: a normal variable beyond 5 standard deviations.  There are about thirty figures tested so."""
 

@@ -15,6 +15,8 @@ from vi import objectives as vi
 from vi.errors import AddressError, StrategyError
 from vi.inference import marginal
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 RARE = 6e-7
 """Error rate of each z-test: a normal variable beyond 5 standard deviations.  There are about seventy figures tested so."""
 

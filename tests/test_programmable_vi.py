@@ -16,6 +16,8 @@ from scipy import stats
 
 import vi
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 ROOT = Path(__file__).parent.parent
 PIXELS, ROWS = 3, 4
 

@@ -19,6 +19,8 @@ from vi import enum, expectation, mvd, random_key, reinforce, reparam, vmap
 from vi.errors import AddressError, StrategyError, SupportError
 from vi.programs import Trace, complete, log_density, scale_observations, sim, sites
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 FLOAT32 = 2e-5
 """Relative error allowed where both sides add the same float32 terms, up to about 100 of them, in another order."""
 

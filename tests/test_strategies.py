@@ -17,6 +17,8 @@ from vi import strategies
 from vi.errors import StrategyError
 from vi.strategies import Strategy, Tagged, enum, implicit, mvd, reinforce, reparam, split
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 MARKED = [
     (reparam, dist.Normal(jnp.array([0.1, 0.2]), 1.5)),
     (implicit, dist.Gamma(jnp.array([1.1, 2.0]), 1.5)),
