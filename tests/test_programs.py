@@ -689,3 +689,15 @@ def test_generative_functions_are_programs(genjax, key):
         log_density(guide)({"b": jnp.array(True)}, 0.3)
     with pytest.raises(AddressError, match=r"in the trace but not drawn by the program: 'y'"):
         log_density(guide)({"b": jnp.array(True), "sub/x": jnp.array(0.0), "y": jnp.array(0.0)}, 0.3)
+
+
+def test_a_helper_that_numpyro_has_run_before_is_refused_too(key):
+    """JAX keeps its trace, in which the site is gone; `sim` and `log_density` must not take it for a program without one."""
+    helper = jax.jit(lambda mean: numpyro.sample("z", dist.Normal(mean, 1.0)))
+    with numpyro.handlers.seed(rng_seed=0):
+        helper(1.0)
+    for _ in range(2):
+        with pytest.raises(AddressError, match="'z'"):
+            expectation(lambda mean: sim(helper)(mean)[1])(key, 1.0)
+        with pytest.raises(AddressError, match="'z'"):
+            log_density(helper)({"z": 0.0}, 1.0)

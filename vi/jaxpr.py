@@ -19,11 +19,13 @@ Calls of jitted functions are written out; what comes from a function of `CONTIN
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.xla_metadata import set_xla_metadata
 from jax.extend import core
 from jax.interpreters import ad, batching, mlir
 
@@ -185,6 +187,14 @@ def trace_state() -> Any:
     return where.get_opaque_trace_state(convention="flax")
 
 
+def traced_afresh() -> AbstractContextManager[Any]:
+    """Inside, functions that were jitted and run outside are traced anew: their effects on Python (sites of NumPyro) are seen.
+
+    The mark is part of the key under which JAX keeps traces, and means nothing to the compiler.
+    """
+    return set_xla_metadata(vi_program="")
+
+
 def continuous(f: Callable[..., Any]) -> Callable[..., Any]:
     """`f` under a name that `vi.legality` takes as a promise of continuity."""
 
@@ -278,7 +288,9 @@ def _run(eqn: Any) -> Callable[..., list[Any]]:
     def run(*values: Any) -> list[Any]:
         params = eqn.primitive.get_bind_params(eqn.params)
         functions, params = params if isinstance(params, tuple) else ([], params)
-        with eqn.ctx.manager:
+        # Of the context only the kind of computation matters; the mark of `traced_afresh` is not to reach the compiler.
+        elsewhere = getattr(eqn.ctx, "compute_type", None) is not None
+        with eqn.ctx.manager if elsewhere else nullcontext():
             out = eqn.primitive.bind(*functions, *values, **params)
         return list(out) if eqn.primitive.multiple_results else [out]
 

@@ -21,6 +21,7 @@ from numpyro.primitives import Messenger
 from vi import genjax_programs
 from vi.errors import AddressError
 from vi.handler import Runner
+from vi.jaxpr import traced_afresh
 from vi.traces import Site, Strategy, Trace, WeightedProgram, WeightedSite
 
 __all__ = [
@@ -145,7 +146,7 @@ def _run(
     _check_numpyro("sim" if draw else "log_density", program)
     runner = Runner(_name(program), params or {}, given, draw, strategy)
     try:
-        with runner:
+        with runner, traced_afresh():
             program(*args, **kwargs)
     except AddressError:
         raise
