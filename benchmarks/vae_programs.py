@@ -73,7 +73,7 @@ def hand_per_datum() -> Callable[..., Any]:
 
 def model(decoder: Layers, x: jax.Array) -> None:
     z = numpyro.sample("z", dist.Normal(0.0, 1.0).expand([LATENT]).to_event(1))
-    numpyro.sample("x", dist.Bernoulli(logits=dense(decoder, z)).to_event(1), obs=x)
+    numpyro.sample("x", dist.Bernoulli(logits=dense(decoder, z), validate_args=False).to_event(1), obs=x)
 
 
 def guide(encoder: Layers, x: jax.Array) -> None:
@@ -96,13 +96,13 @@ def numpyro_svi() -> Callable[..., Any]:
     def model(params, x):
         with numpyro.plate("data", len(x)):
             z = numpyro.sample("z", dist.Normal(0.0, 1.0).expand([LATENT]).to_event(1))
-            numpyro.sample("x", dist.Bernoulli(logits=dense(params[0], z)).to_event(1), obs=x)
+            numpyro.sample("x", dist.Bernoulli(logits=dense(params[0], z), validate_args=False).to_event(1), obs=x)
 
     def guide(params, x):
         with numpyro.plate("data", len(x)):
             numpyro.sample("z", dist.Normal(*encode(params[1], x)).to_event(1))
 
-    # NumPyro warns of pixels that are grey, which the Bernoulli density takes as it does in the other programs.
+    # Pixels are grey, which the Bernoulli density takes as it does in the other programs if it is not told to validate.
     def loss(params, key, x):
         with numpyro.validation_enabled(False):
             return Trace_ELBO().loss(key, {}, model, guide, params, x) / len(x)

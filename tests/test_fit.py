@@ -155,7 +155,15 @@ def test_the_average_is_that_of_the_last_parameters(key):
     assert len({float(p["b"]) for p in kept}) == 20
 
 
-def test_ctrl_c_ends_the_chunk_and_keeps_it(key, tmp_path):
+@pytest.fixture
+def interruptible():
+    """SIGINT as a terminal has it: a job in the background is started with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_ends_the_chunk_and_keeps_it(key, tmp_path, interruptible):
     path = tmp_path / "run.npz"
     before = signal.getsignal(signal.SIGINT)
 
