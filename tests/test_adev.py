@@ -558,3 +558,33 @@ def test_dependent_choices_of_all_strategies_against_enumeration(key):
 
     value, slope = jax.value_and_grad(exact)(0.6)
     check(program, (0.6,), float(value), float(slope), key=key)
+
+
+@pytest.mark.parametrize(
+    "jump",
+    [
+        lambda x: jnp.exp(jnp.where(x > 0, -jnp.inf, 0.0)),
+        lambda x: jax.nn.logsumexp(jnp.stack([jnp.where(x > 0, -jnp.inf, x), x])),
+        jax.jit(lambda x: jnp.where(x > 0, 1.0, 0.0)),
+    ],
+    ids=["exp", "logsumexp", "named clip"],
+)
+def test_a_jump_is_seen_behind_infinity_and_behind_a_trusted_name(key, jump):
+    """exp(-inf) is zero and hides that it came from a comparison; a user's function called clip is not JAX's."""
+
+    def clip(x):
+        return jump(x)
+
+    with pytest.raises(vi.StrategyError, match="comparison"):
+        vi.expectation(lambda m: jax.jit(clip)(vi.sample(vi.reparam(dist.Normal(m, 1.0)))))(key, 0.3)
+
+
+def test_a_density_outside_its_support_shows_and_is_no_error(key):
+    loss = vi.expectation(lambda m: jnp.where(vi.sample(vi.reparam(dist.Normal(m, 1.0))) > 50, -jnp.inf, m) * 2)
+    assert jax.value_and_grad(loss, 1)(key, 0.3) == (jnp.float32(0.6), 2.0)
+
+
+def test_lanes_without_a_draw_are_a_plain_vmap(key):
+    squares = vi.vmap(lambda x: x**2)
+    np.testing.assert_array_equal(squares(jnp.arange(3.0)), [0.0, 1.0, 4.0])
+    assert "scan" not in str(jax.make_jaxpr(squares)(jnp.arange(3.0)))

@@ -9,6 +9,7 @@ from typing import Any, overload
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Key
 
 from vi import jaxpr
@@ -162,11 +163,7 @@ def _rows(args: Any, axes: tuple[Any, ...]) -> int:
 
 
 def _is_traced(leaf: Any) -> bool:
-    return eqx.is_array(leaf) or isinstance(leaf, float | complex) or hasattr(leaf, "__jax_array__") or _is_numpy(leaf)
-
-
-def _is_numpy(leaf: Any) -> bool:
-    return type(leaf).__module__ == "numpy" and hasattr(leaf, "dtype")
+    return isinstance(leaf, jax.Array | np.ndarray | np.generic | float | complex)
 
 
 def _typed(key: Any) -> jax.Array:

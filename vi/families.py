@@ -172,9 +172,7 @@ def density(d: Distribution, value: Any, *intermediates: Any) -> Array:
     if isinstance(d, dist.ExpandedDistribution):
         inner = density(d.base_dist, value)
         return jnp.broadcast_to(inner, jnp.broadcast_shapes(inner.shape, d.batch_shape))
-    if type(d) is dist.BernoulliLogits:
-        return _bernoulli(d, jnp.asarray(value))
-    return _smooth_in_logits(d, value, d.log_prob(value))
+    return _smooth_in_logits(d, jnp.asarray(value), d)
 
 
 def support(d: Distribution) -> tuple[Shaped[Array, "K *elements_and_event"], Float[Array, "K *elements"]]:
@@ -454,16 +452,19 @@ def _has_cdf(d: Distribution) -> bool:
 
 
 def _log_prob(core: Any, value: Array) -> Array:
-    return _smooth_in_logits(core, value, _scored(core).log_prob(value))
+    return _smooth_in_logits(core, value, _scored(core))
 
 
-def _smooth_in_logits(core: Any, value: Array, log_prob: Array) -> Array:
+def _smooth_in_logits(core: Any, value: Array, scored: Any) -> Array:
     """NumPyro writes log(1 + e^x) with a kink at x = 0, where the derivative that comes out is 0 and not 1/2: wrong at the
     logits that most programs start from."""
-    if type(core) not in _LOGITS:
-        return log_prob
-    n = core.total_count if type(core) is dist.BinomialLogits else 1
-    return lax.stop_gradient(log_prob) + _zero(value * core.logits - n * jax.nn.softplus(core.logits))
+    if type(core) is dist.BernoulliLogits:
+        return _bernoulli(core, value)
+    log_prob = scored.log_prob(value)
+    if type(core) is dist.BinomialLogits:
+        smooth = value * core.logits - core.total_count * jax.nn.softplus(core.logits)
+        return lax.stop_gradient(log_prob) + _zero(smooth)
+    return log_prob
 
 
 def _bernoulli(d: Any, value: Array) -> Array:

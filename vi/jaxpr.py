@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -35,13 +36,14 @@ CONTINUOUS_MARK = "vi_continuous_"
 _LANES = "vi_lanes"
 _JITS = ("pjit", "jit")
 
+_HOME = str(Path(jax.__file__).parent)  # a function of the user's that has such a name is not trusted for it
+
 # Functions of JAX that compare, round or index inside and are continuous all the same, under the names of their calls.
 CONTINUOUS = frozenset([
     "relu", "relu6", "leaky_relu", "elu", "selu", "celu", "gelu", "silu", "hard_tanh", "hard_sigmoid",
     "hard_silu", "softplus", "log_sigmoid", "squareplus", "sparse_plus", "logaddexp", "logaddexp2", "logsumexp",
     "softmax", "log_softmax", "clip", "xlogy", "xlog1py", "entr", "kl_div", "rel_entr", "sinc", "hypot", "norm",
-    "logit", "expit", "sigmoid", "gammaln", "betaln", "erf_inv", "ndtri", "log_ndtr", "log_expbig", "_logaddexp",
-    "_norm",
+    "logit", "expit", "sigmoid", "gammaln", "betaln", "erf_inv", "ndtri", "log_ndtr",
 ])  # fmt: skip
 
 
@@ -214,17 +216,20 @@ def lanes(f: Callable[..., Any], length: int, rows: Any) -> Any:
 
     What the program holds is a scan under a name of ours, so that JAX can batch and transform it like any other.
     """
+    leaves, structure = jax.tree.flatten(rows)
+    row = [jax.ShapeDtypeStruct(jnp.shape(x)[1:], jnp.result_type(x)) for x in leaves]
+    closed, shape = jax.make_jaxpr(lambda *xs: f(jax.tree.unflatten(structure, xs)), return_shape=True)(*row)
+    lane = core.jaxpr_as_fun(closed)
+    if not _draws(_open(closed)[0]):
+        outs = jax.vmap(lane, axis_size=length)(*leaves)
+    else:
 
-    def vi_lanes(rows: Any) -> Any:
-        return jax.lax.scan(lambda _, row: (None, f(row)), None, rows, length=length)[1]
+        def vi_lanes(*leaves: Any) -> Any:
+            return jax.lax.scan(lambda _, xs: (None, lane(*xs)), None, leaves, length=length)[1]
 
-    vi_lanes.__name__ = vi_lanes.__qualname__ = _LANES
-    return jax.jit(vi_lanes)(rows)
-
-
-def draws(f: Callable[..., Any], *args: Any) -> bool:
-    """Whether `f` of arguments of these shapes makes a random choice."""
-    return _draws(_open(jax.make_jaxpr(f)(*args))[0])
+        vi_lanes.__name__ = vi_lanes.__qualname__ = _LANES
+        outs = jax.jit(vi_lanes)(*leaves)
+    return jax.tree.unflatten(jax.tree.structure(shape), outs)
 
 
 def depends(f: Callable[..., Any], *args: Any) -> bool:
@@ -252,11 +257,6 @@ def subprograms(op: Op) -> Iterator[Program]:
         yield _program(*_open(body))
 
 
-def has_choice(program: Program) -> bool:
-    """Whether a program makes a random choice at any depth."""
-    return any(not isinstance(step, Op) for step in program.steps)
-
-
 def _open(closed: Any) -> tuple[Any, Sequence[Any]]:
     """(jaxpr, constants) of a closed jaxpr, of an open one, or of jax 0.12's jaxpr that holds its constants."""
     jaxpr = getattr(closed, "jaxpr", closed)
@@ -279,9 +279,20 @@ def _draws(jaxpr: Any) -> bool:
 def _called(eqn: Any) -> str:
     """The name of the function that an equation calls, "" if it calls none that has a name."""
     if eqn.primitive.name == "custom_jvp_call":
-        info = getattr(_open(eqn.params["call_jaxpr"])[0], "debug_info", None)
-        return str(getattr(info, "func_src_info", "")).split(" ")[0]
+        return _source(eqn.params["call_jaxpr"]).split(" ")[0]
     return str(eqn.params.get("name", ""))
+
+
+def _source(body: Any) -> str:
+    """Name of a traced function, and where it is defined."""
+    return str(getattr(getattr(_open(body)[0], "debug_info", None), "func_src_info", ""))
+
+
+def _is_continuous(label: str, bodies: Sequence[Any]) -> bool:
+    """Whether an equation calls a function that is listed or marked as continuous."""
+    return label.startswith(CONTINUOUS_MARK) or (
+        label in CONTINUOUS and any(f" at {_HOME}" in _source(b) for b in bodies)
+    )
 
 
 def _run(eqn: Any) -> Callable[..., list[Any]]:
@@ -323,7 +334,7 @@ def _program(jaxpr: Any, consts: Sequence[Any]) -> Program:
             bodies = _bodies(eqn)
             label = _called(eqn)
             drawn = eqn.primitive is _choice_p or any(_draws(_open(b)[0]) for b in bodies)
-            known = trusted or label in CONTINUOUS or label.startswith(CONTINUOUS_MARK)
+            known = trusted or _is_continuous(label, bodies)
             if name in _JITS:
                 names.update(zip(eqn.outvars, walk(*_open(bodies[0]), inputs, label == _LANES, known), strict=True))
                 continue

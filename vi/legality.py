@@ -8,7 +8,8 @@ not used is not.
 
 Taken to be harmless are comparisons inside the functions listed in `vi.jaxpr.CONTINUOUS` (relu, softplus, clip, ...) and inside
 functions marked with `vi.continuous`; tests for NaN and infinity, which are true with probability zero; and conditions
-of which one outcome is a constant that is infinite or NaN (a density outside its support), as that shows in the result.
+of which one outcome is a constant that is infinite or NaN (a density outside its support), as long as nothing but sums and
+multiples are taken of it, since that shows in the result: the exponential of minus infinity is zero and does not.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vi.chains import LINEAR
 from vi.jaxpr import (
     Atom,
     Choice,
@@ -39,6 +41,8 @@ _COMPARISONS = frozenset([
     "nextafter",
 ])  # fmt: skip
 _MOVED = frozenset(["broadcast_in_dim", "convert_element_type", "copy", "copy_p", "reshape"])
+# Of infinity they make infinity or NaN.
+_KEEPS_INFINITY = LINEAR | _MOVED | frozenset(["add", "add_any", "sub", "mul", "select_n"])
 _ROUNDING = frozenset(["floor", "ceil", "round", "rem"])
 _BITS = frozenset([
     "bitcast_convert_type", "reduce_and", "reduce_or", "and", "or", "not", "xor", "shift_left",
@@ -55,24 +59,37 @@ class _Taint(NamedTuple):
 
     smooth     draws it depends on continuously
     lost       draws it depends on otherwise, with the reason
+    masked     draws that decide whether it is infinite or NaN, with the reason
     undefined  a constant that is infinite or NaN
     """
 
     smooth: frozenset[Path]
     lost: tuple[tuple[Path, str], ...]
+    masked: tuple[tuple[Path, str], ...] = ()
     undefined: bool = False
 
     def __or__(self, other: _Taint) -> _Taint:
-        mine = dict(self.lost)
-        return _Taint(self.smooth | other.smooth, (*self.lost, *((p, r) for p, r in other.lost if p not in mine)))
+        return _Taint(self.smooth | other.smooth, _both(self.lost, other.lost), _both(self.masked, other.masked))
 
 
 _CLEAN = _Taint(frozenset(), ())
+_Reasons = tuple[tuple[Path, str], ...]
+
+
+def _both(a: _Reasons, b: _Reasons) -> _Reasons:
+    mine = dict(a)
+    return (*a, *((p, r) for p, r in b if p not in mine))
 
 
 def _lose(taint: _Taint, reason: str) -> _Taint:
-    mine = dict(taint.lost)
-    return _Taint(frozenset(), (*taint.lost, *((p, reason) for p in sorted(taint.smooth) if p not in mine)))
+    """A discontinuous function of the value."""
+    here = tuple((p, reason) for p in sorted(taint.smooth))
+    return _Taint(frozenset(), _both(_both(taint.lost, taint.masked), here))
+
+
+def _unmask(taint: _Taint) -> _Taint:
+    """A function that may turn infinity into a number."""
+    return taint._replace(lost=_both(taint.lost, taint.masked), masked=())
 
 
 def discontinuous(program: Program, pathwise: frozenset[Path]) -> dict[Path, str]:
@@ -102,7 +119,7 @@ def _follow(
                 outs = [_typed(t, d) for t, d in zip(outs, types, strict=True)]
         elif isinstance(step, Choice):
             # The parameters matter to the law of the draw, whatever its estimator.
-            for taint in taints:
+            for taint in map(_unmask, taints):
                 reached.update({p: r for p, r in taint.lost if p not in reached})
             smooth = _union(taints).smooth | {at} if at in pathwise else frozenset()
             outs = [_Taint(smooth, ())] * len(step.outputs)
@@ -131,7 +148,8 @@ def _loop(
         outs = _follow(body, [*consts, *carry, *rows], at, pathwise, reached)
         grown = [a | b for a, b in zip(carry, outs[:n_carry], strict=True)]
         if all(
-            set(g.smooth) == set(c.smooth) and set(g.lost) == set(c.lost) for g, c in zip(grown, carry, strict=True)
+            set(g.smooth) == set(c.smooth) and set(g.lost) == set(c.lost) and set(g.masked) == set(c.masked)
+            for g, c in zip(grown, carry, strict=True)
         ):
             return outs
         carry = grown
@@ -166,7 +184,11 @@ def _op(op: Op, taints: list[_Taint], reached: dict[Path, str]) -> list[_Taint]:
     if op.name in ("mul", "neg") and any(t.undefined for t in taints):
         return [everything._replace(undefined=True)]
     if op.name == "select_n" and any(t.undefined for t in taints[1:]):
-        return [_union([t for t in taints[1:] if not t.undefined])]
+        others = _union([t for t in taints[1:] if not t.undefined])
+        return [others._replace(masked=_both(others.masked, _lose(taints[0], "a comparison").lost))]
+    if op.name not in _KEEPS_INFINITY:
+        taints = list(map(_unmask, taints))
+        everything = _union(taints)
     if op.name.startswith("lu"):  # what is made of a factorisation does not depend on its pivots
         return [_Taint(everything.smooth, everything.lost)] * n
     if not everything.smooth:

@@ -364,13 +364,13 @@ class _Run:
         return self.take_out(list(read(output)), factors)
 
     def lift(
-        self, f: Callable[..., Any], inputs: Sequence[World], reach: frozenset[int] = frozenset(), source: bool = False
+        self, f: Callable[..., Any], inputs: Sequence[World], source: bool = False
     ) -> tuple[Any, Any, tuple[int, ...], frozenset[int]]:
         """f(world, *values) in the sampled world and in the alternative ones, for all values on the axes of the inputs."""
-        axes = tuple(sorted(set().union(*(w.axes for w in inputs)))) if inputs else ()
+        axes = tuple(sorted(set().union(*(w.axes for w in inputs))))
         if math.prod(self.sizes[a] for a in axes) > self.max_worlds:
             raise TooManyWorlds(frozenset(axes))
-        reach = reach.union(*(w.reach for w in inputs)) if inputs else reach
+        reach: frozenset[int] = frozenset().union(*(w.reach for w in inputs))
         here = jnp.int32(-1)
 
         def over_axes(world: Any, *values: Any) -> Any:
