@@ -179,6 +179,8 @@ def _typed(taint: _Taint, dtype: object) -> _Taint:
 def _op(op: Op, taints: list[_Taint], reached: dict[Path, str]) -> list[_Taint]:
     n = len(op.outputs)
     everything = _union(taints)
+    if op.trusted:
+        return [everything] * n
     if op.name in _MOVED and taints[0].undefined:
         return [taints[0]]
     if op.name in ("mul", "neg") and any(t.undefined for t in taints):
@@ -187,13 +189,12 @@ def _op(op: Op, taints: list[_Taint], reached: dict[Path, str]) -> list[_Taint]:
         others = _union([t for t in taints[1:] if not t.undefined])
         return [others._replace(masked=_both(others.masked, _lose(taints[0], "a comparison").lost))]
     if op.name not in _KEEPS_INFINITY:
-        taints = list(map(_unmask, taints))
+        # What is divided stays infinite; what divides does not.
+        taints = [t if op.name == "div" and k == 0 else _unmask(t) for k, t in enumerate(taints)]
         everything = _union(taints)
     if op.name.startswith("lu"):  # what is made of a factorisation does not depend on its pivots
         return [_Taint(everything.smooth, everything.lost)] * n
     if not everything.smooth:
-        return [everything] * n
-    if op.trusted:
         return [everything] * n
     if op.name in _COMPARISONS:
         # x != x asks for NaN.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -12,10 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
-from scipy import stats
 
 import vi
-from paper_checks.harness import statistics
+from paper_checks.harness import means
 from paper_checks.harness.claim import Outcome, Paper
 from paper_checks.harness.context import Context
 
@@ -39,10 +37,6 @@ RULE = "Rule as in the authors' public implementations; the paper's numbering is
 
 Estimator = Callable[[jax.Array, jax.Array], jax.Array]
 """(key, parameters (k,)) -> (figures,), one draw of each."""
-
-ROUNDING = 1e-9
-"""Figures are computed in 64 bits from numbers below 10^4; a standard error below this is one of rounding."""
-
 
 CHUNK = 10_000
 """Draws at a time; XLA folds constants of this many rows while it compiles."""
@@ -137,30 +131,18 @@ def standard_normal(nodes: int = 80) -> tuple[jax.Array, jax.Array]:
 @functools.lru_cache(maxsize=256)
 def _compiled(estimator: Estimator) -> Callable[..., jax.Array]:
     over_draws = jax.vmap(estimator, (0, None))
-    # Compiling costs far more than running here, and most of that is optimisation.
-    return jax.jit(jax.vmap(over_draws), compiler_options={"xla_backend_optimization_level": 0})
+    return jax.jit(jax.vmap(over_draws), compiler_options=means.QUICK_TO_COMPILE)
 
 
 @functools.lru_cache(maxsize=256)
 def _compiled_exact(exact: Callable[[jax.Array], jax.Array]) -> Callable[..., jax.Array]:
-    return jax.jit(jax.vmap(exact), compiler_options={"xla_backend_optimization_level": 0})
+    return jax.jit(jax.vmap(exact), compiler_options=means.QUICK_TO_COMPILE)
 
 
 def draws(estimator: Estimator, key: jax.Array, at: jax.Array, n: int) -> np.ndarray:
     """(points, n, figures) independent draws, n a multiple of `CHUNK`."""
     keys = jax.random.split(key, (n // CHUNK, len(at), CHUNK))
     return np.concatenate([np.asarray(_compiled(estimator)(k, at)) for k in keys], axis=1)
-
-
-class _Test(NamedTuple):
-    name: str
-    mean: float
-    exact: float
-    error: float  # standard error of the mean
-    off: float  # |mean - exact| / unit
-    log_e: float
-    p: float
-    resolution: float
 
 
 def _kept(case: Case, figures: np.ndarray) -> np.ndarray:
@@ -177,65 +159,15 @@ def unbiased(ctx: Context, cases: Sequence[Case], *, n: int = 50_000) -> Outcome
     exact = [_kept(c, np.asarray(_compiled_exact(c.exact)(c.points))) for c in cases]
     alpha = ctx.alpha / sum(e.size for e in exact)
     bounded = all(c.bound is not None for c in cases)
-    tests: list[_Test] = []
+    figures: list[means.Figure] = []
     for i, (case, wanted) in enumerate(zip(cases, exact, strict=True)):
         found = _kept(case, draws(case.estimator, jax.random.fold_in(ctx.key, i), case.points, ctx.n(n)))
         found = found**2 if case.square else found
         if found.shape[2] != wanted.shape[1]:
             raise ValueError(f"{case.name}: {found.shape[2]} figures estimated, {wanted.shape[1]} exact ones")
+        limits = (-case.bound, case.bound) if bounded and case.bound is not None else None
         for p, f in itertools.product(range(len(wanted)), range(wanted.shape[1])):
             at = ", ".join(f"{x:.4g}" for x in np.asarray(case.points[p]))
             name = f"{case.name}, figure {f} at ({at})"
-            tests.append(_test(name, found[p, :, f], float(wanted[p, f]), alpha, case.bound if bounded else None))
-    worst = max(tests, key=(lambda t: t.log_e) if bounded else (lambda t: t.off / max(t.error, ROUNDING)))
-    log_e = float(np.logaddexp.reduce([t.log_e for t in tests])) - math.log(len(tests))
-    shown = [t for t in tests if " figure 1 " in t.name or len(tests) <= 4] or tests
-    return Outcome(
-        margin=-worst.off,
-        n=ctx.n(n) * sum(len(c.points) for c in cases),
-        log_e=log_e if bounded else None,
-        p=None if bounded else min(1.0, min(t.p for t in tests) * len(tests)),
-        resolution=max(t.resolution for t in tests),
-        validity="finite-sample" if bounded else "asymptotic",
-        our_value=worst.mean,
-        paper_value=worst.exact,
-        witness={"figure": worst.name, "mean": worst.mean, "exact": worst.exact, "standard error": worst.error},
-        note="; ".join(f"{t.name}: {t.mean:.4g} ± {t.error:.2g} (exact {t.exact:.4g})" for t in shown[:6]),
-        figure={
-            "title": "Mean less exact value",
-            "x_label": "figure",
-            "y_label": "standard errors",
-            "x_scale": "linear",
-            "y_scale": "linear",
-            "lines": [
-                {
-                    "label": "figures",
-                    "x": list(range(1, len(tests) + 1)),
-                    "y": [float(np.clip((t.mean - t.exact) / max(t.error, ROUNDING), -50, 50)) for t in tests],
-                    "style": "points",
-                }
-            ],
-            "hlines": [{"label": "unbiased", "y": 0.0}],
-            "bars": None,
-        },
-    )
-
-
-def _test(name: str, x: np.ndarray, exact: float, alpha: float, bound: float | None) -> _Test:
-    """One figure: n draws (n,) and what their mean should be; the level is that of this test alone."""
-    if not np.all(np.isfinite(x)):
-        raise FloatingPointError(f"{name}: {int((~np.isfinite(x)).sum())} of {x.size} draws are not finite")
-    unit = max(1.0, abs(exact))
-    y = (x - exact) / unit
-    off, error = float(abs(y.mean())), float(y.std(ddof=1) / math.sqrt(y.size))
-    log_e, p = 0.0, 1.0
-    if bound is not None:
-        limit = (bound + abs(exact)) / unit
-        found = statistics.mean(y, 0.0, low=-limit, high=limit, alpha=alpha)
-        assert found.log_e is not None
-        log_e, resolution = found.log_e, found.resolution
-    else:
-        p = float(2 * stats.norm.sf(off / max(error, ROUNDING)))
-        reach = stats.norm.isf(min(alpha, statistics.REPEAT_LEVEL) / 2) + stats.norm.ppf(statistics.STAGE_POWER)
-        resolution = float(reach) * max(error, ROUNDING)
-    return _Test(name, float(x.mean()), exact, error * unit, off, log_e, p, resolution)
+            figures.append(means.figure(name, found[p, :, f], float(wanted[p, f]), alpha, limits))
+    return means.joined(figures, ctx.n(n) * sum(len(c.points) for c in cases), bounded=bounded)

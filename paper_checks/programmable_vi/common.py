@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy import stats
 
-from paper_checks.harness import statistics
+from paper_checks.harness import means
 from paper_checks.harness.claim import Outcome, Paper
 from paper_checks.harness.context import Context
 
@@ -32,12 +31,6 @@ PAPER = Paper(
     "that number; V14 is a statement of the surrounding literature, E1 an experiment.",
 )
 
-ROUNDING = 1e-9
-"""Figures are computed in 64 bits from numbers below 10^4; a standard error below this is one of rounding."""
-
-QUICK_TO_COMPILE: dict[str, Any] = {"xla_backend_optimization_level": 0}
-"""Programs here are large for the little that they compute: most of the time would go into compiling them well."""
-
 
 class Case(NamedTuple):
     """An estimator of some figures, and what they are on average.
@@ -54,21 +47,10 @@ class Case(NamedTuple):
     more: int = 1
 
 
-class _Test(NamedTuple):
-    name: str
-    mean: float
-    exact: float
-    error: float  # standard error of the mean
-    off: float  # |mean - exact| / unit
-    log_e: float
-    p: float
-    resolution: float
-
-
 def draws(estimator: Callable[[jax.Array], Any], key: jax.Array, n: int) -> dict[str, np.ndarray]:
     """n independent draws of every figure, by name."""
     keys = jax.random.split(key, n)
-    found = jax.jit(jax.vmap(estimator)).lower(keys).compile(QUICK_TO_COMPILE)(keys)
+    found = jax.jit(jax.vmap(estimator)).lower(keys).compile(means.QUICK_TO_COMPILE)(keys)
     return _named(found, lambda x: x.reshape(n, -1).T)
 
 
@@ -82,7 +64,7 @@ def unbiased(ctx: Context, cases: Mapping[str, Case], *, n: int = 20_000) -> Out
     wanted = {name: _named(case.exact, lambda x: x.reshape(-1)) for name, case in cases.items()}
     alpha = ctx.alpha / sum(x.size for figures in wanted.values() for x in figures.values())
     bounded = all(case.limits is not None for case in cases.values())
-    tests: list[_Test] = []
+    figures: list[means.Figure] = []
     total = 0
     for i, (name, case) in enumerate(cases.items()):
         size = ctx.n(n * case.more)
@@ -93,40 +75,9 @@ def unbiased(ctx: Context, cases: Mapping[str, Case], *, n: int = 20_000) -> Out
         for figure, rows in found.items():
             for j, row in enumerate(rows):
                 label = f"{name}: {figure}" + (f"[{j}]" if len(rows) > 1 else "")
-                limits = case.limits if bounded else None
-                tests.append(_test(label, row, float(wanted[name][figure][j]), alpha, limits))
-    worst = max(tests, key=(lambda t: t.log_e) if bounded else (lambda t: t.off / max(t.error, ROUNDING)))
-    log_e = float(np.logaddexp.reduce([t.log_e for t in tests])) - math.log(len(tests))
-    return Outcome(
-        margin=-worst.off,
-        n=total,
-        log_e=log_e if bounded else None,
-        p=None if bounded else min(1.0, min(t.p for t in tests) * len(tests)),
-        resolution=max(t.resolution for t in tests),
-        validity="finite-sample" if bounded else "asymptotic",
-        our_value=worst.mean,
-        paper_value=worst.exact,
-        witness={"figure": worst.name, "mean": worst.mean, "exact": worst.exact, "standard error": worst.error},
-        note="; ".join(f"{t.name} {t.mean:.4g} ± {t.error:.2g} (exact {t.exact:.4g})" for t in tests[:12])
-        + (f"; and {len(tests) - 12} more" if len(tests) > 12 else ""),
-        figure={
-            "title": "Mean less exact value",
-            "x_label": "figure",
-            "y_label": "standard errors",
-            "x_scale": "linear",
-            "y_scale": "linear",
-            "lines": [
-                {
-                    "label": "figures",
-                    "x": list(range(1, len(tests) + 1)),
-                    "y": [float(np.clip((t.mean - t.exact) / max(t.error, ROUNDING), -50, 50)) for t in tests],
-                    "style": "points",
-                }
-            ],
-            "hlines": [{"label": "unbiased", "y": 0.0}],
-            "bars": None,
-        },
-    )
+                exact = float(wanted[name][figure][j])
+                figures.append(means.figure(label, row, exact, alpha, case.limits if bounded else None))
+    return means.joined(figures, total, bounded=bounded)
 
 
 def _named(tree: Any, shape: Callable[[np.ndarray], np.ndarray]) -> dict[str, np.ndarray]:
@@ -134,24 +85,6 @@ def _named(tree: Any, shape: Callable[[np.ndarray], np.ndarray]) -> dict[str, np
     return {
         jax.tree_util.keystr(path).replace("'", "").strip("[]") or "mean": shape(np.asarray(x)) for path, x in leaves
     }
-
-
-def _test(name: str, x: np.ndarray, exact: float, alpha: float, limits: tuple[float, float] | None) -> _Test:
-    """One figure: n draws (n,) and what their mean should be; the level is that of this test alone."""
-    if not np.all(np.isfinite(x)):
-        raise FloatingPointError(f"{name}: {int((~np.isfinite(x)).sum())} of {x.size} draws are not finite")
-    unit = max(1.0, abs(exact))
-    off, error = abs(float(x.mean()) - exact) / unit, float(x.std(ddof=1) / math.sqrt(x.size)) / unit
-    log_e, p = 0.0, 1.0
-    if limits is not None:
-        found = statistics.mean(x, exact, low=limits[0], high=limits[1], alpha=alpha)
-        assert found.log_e is not None
-        log_e, resolution = found.log_e, found.resolution / unit
-    else:
-        p = float(2 * stats.norm.sf(off / max(error, ROUNDING)))
-        reach = stats.norm.isf(min(alpha, statistics.REPEAT_LEVEL) / 2) + stats.norm.ppf(statistics.STAGE_POWER)
-        resolution = float(reach) * max(error, ROUNDING)
-    return _Test(name, float(x.mean()), exact, error * unit, off, log_e, p, resolution)
 
 
 # -- densities and quadrature, for what should come out -------------------------------------------------------------------

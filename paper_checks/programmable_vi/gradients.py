@@ -17,12 +17,12 @@ from jax.nn import logsumexp
 from numpyro.infer import RenyiELBO, Trace_ELBO, TraceGraph_ELBO
 
 import vi
+from paper_checks.harness import means
 from paper_checks.harness.claim import Outcome, claim
 from paper_checks.harness.context import Context
 from paper_checks.programmable_vi import models
 from paper_checks.programmable_vi.common import (
     PAPER,
-    QUICK_TO_COMPILE,
     Case,
     normal,
     product,
@@ -48,7 +48,7 @@ def derivatives(e: Callable[..., jax.Array], theta: Any, phi: Any, *data: Any) -
 
 
 def exactly(f: Callable[[Any, Any], jax.Array], theta: Any, phi: Any) -> Any:
-    compiled = jax.jit(jax.value_and_grad(f, (0, 1))).lower(theta, phi).compile(QUICK_TO_COMPILE)
+    compiled = jax.jit(jax.value_and_grad(f, (0, 1))).lower(theta, phi).compile(means.QUICK_TO_COMPILE)
     value, (by_theta, by_phi) = compiled(theta, phi)
     return {"value": value, "d theta": by_theta, "d phi": by_phi}
 
