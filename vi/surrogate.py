@@ -13,7 +13,7 @@ here it is one function for reverse mode.)  What each strategy does:
                         signed measure.  `enum` in loops does the same, with all K values as alternatives, and the
                         leave-one-out baseline too, its worlds being those in which one lane's results are replaced
 
-Inside loops and branches (`inner`) values are plain arrays.  At the top level a value is a `World`: the array with one
+Inside loops and branches (`vi.inner`) values are plain arrays.  At the top level a value is a `World`: the array with one
 leading axis per enumerated choice on which it depends, and its values in all alternative worlds if these differ.  Sums of
 terms with different axes stay lists of terms, so that each term has the axes it needs and no more.  At the end (`take_out`)
 the choices are removed in the reverse order of sampling, each by its expectation given the earlier ones: a chain of n choices
@@ -32,9 +32,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from vi.chains import enumerated_scan
-from vi.choices import PATHWISE, Values
-from vi.jaxpr import Choice, Cond, Const, Lanes, Op, Program, Scan, depends
-from vi.planning import Path, Plan, Star, leaf_types, leaves_one_out, plan
+from vi.inner import Inner, Source, alternatives_of, as_array, as_float, drawn, each_alone, joint_support
+from vi.jaxpr import Choice, Cond, Const, Op, Program, Scan, depends
+from vi.planning import Plan, leaf_types, plan
 from vi.worlds import Factor, World, collected, expected, linear, merged, plain, squared_error, summed, weighted
 
 sg = lax.stop_gradient
@@ -74,275 +74,13 @@ def surrogate(
     return _Run(layout, max_worlds).top(program, args, key)
 
 
-# ---- one choice --------------------------------------------------------------------------------------------------------
-
-
-def _over(lanes: Sequence[int], f: Callable[..., Any], out_axes: int = 0) -> Callable[..., Any]:
-    for _ in lanes:
-        f = jax.vmap(f, out_axes=out_axes)
-    return f
-
-
-class _Source(NamedTuple):
-    """Randomness of one step: `key` of the program around it, and the step's number there.
-
-    alone: no other step draws, and this one only once, so that it can have the key itself
-    """
-
-    key: jax.Array
-    number: int
-    alone: bool = False
-
-    def draw(self) -> jax.Array:
-        return self.key if self.alone else jax.random.fold_in(self.key, 2 * self.number)
-
-    def alternatives(self) -> jax.Array:
-        return jax.random.fold_in(self.key, 2 * self.number + 1)
-
-
-def _split(key: jax.Array, lanes: tuple[int, ...]) -> jax.Array:
-    return jax.random.split(key, lanes) if lanes else key
-
-
-def _draw(step: Choice, strategy: str, leaves: Values, source: _Source) -> Values:
-    def one(key: jax.Array, *leaves: jax.Array) -> Values:
-        if strategy in (*PATHWISE, "none"):
-            return step.rule.pathwise(strategy, leaves, key)
-        return step.rule.draw(leaves, key)
-
-    return _over(step.lanes, one)(_split(source.draw(), step.lanes), *leaves)
-
-
-def _score(step: Choice, leaves: Values, values: Values) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Λ, Σ b (exp(Λ - sg Λ) - 1) and the moments of the baselines b, over elements and lanes."""
-    n = len(leaves)
-    score, control, moments = _over(step.lanes, lambda *a: step.rule.score(a[:n], a[n:]))(*leaves, *values)
-    return _float(score.sum()), _float(control.sum()), _float(moments.reshape(-1, 3).sum(0))
-
-
-def _alternatives(step: Choice, strategy: str, leaves: Values, values: Values, source: _Source) -> tuple[Any, Any]:
-    """(options, lanes, elements, event) values and (options, lanes, elements) weights."""
-    n = len(leaves)
-
-    def one(key: jax.Array, *a: jax.Array) -> Any:
-        return step.rule.alternatives(strategy, a[:n], a[n:], key)
-
-    return _over(step.lanes, one, out_axes=1)(_split(source.alternatives(), step.lanes), *leaves, *values)
-
-
-def _star(
-    step: Choice, strategy: str, star: Star, leaves: Values, source: _Source, number: Any
-) -> tuple[Values, jax.Array]:
-    """The choice in one world, and the weights of all its worlds, (elements · options,).
-
-    number: which of them, counted element by element; out of range for a world in which the choice is as sampled.
-    """
-    (value,) = values = _draw(step, strategy, leaves, source)
-    options, weights = _alternatives(step, strategy, leaves, values, source)
-    event = value.shape[weights.ndim - 1 :]
-    options = options.reshape(star.options, star.elements, *event).astype(value.dtype)
-    chosen = options[jnp.clip(number % star.options, 0, star.options - 1)]
-    inside = (number >= 0) & (number < star.elements * star.options)
-    hit = (jnp.arange(star.elements) == number // star.options) & inside
-    flat = value.reshape(star.elements, *event)
-    flat = jnp.where(hit.reshape(-1, *(1 for _ in event)), chosen, flat)
-    return (flat.reshape(value.shape),), _float(weights.reshape(star.options, star.elements).T.reshape(-1))
-
-
-def _each_alone(value: jax.Array, options: jax.Array, star: Star, event: tuple[int, ...]) -> jax.Array:
-    """The value with one element replaced by one of its options, (elements · options, *value), element by element."""
-    options = options.astype(value.dtype)
-    if star.elements == 1:
-        return options.reshape(star.options, *value.shape)
-    here = jnp.eye(star.elements, dtype=bool).reshape(star.elements, 1, star.elements, *(1 for _ in event))
-    flat = value.reshape(1, 1, star.elements, *event)
-    replaced = jnp.where(here, options.reshape(1, star.options, star.elements, *event), flat)
-    return replaced.reshape(star.elements * star.options, *value.shape)
-
-
-def _combinations(support: jax.Array, log_probs: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """All joint values of the elements of a choice, (K^E, elements, event), and their log probabilities, (K^E,)."""
-    k, elements = log_probs.shape[0], log_probs.shape[1:]
-    n = math.prod(elements)
-    event = support.shape[log_probs.ndim :]
-    digits = (jnp.arange(k**n)[:, None] // k ** jnp.arange(n)[None, :]) % k
-    each = jnp.arange(n)[None, :]
-    values = support.reshape(k, n, *event)[digits, each].reshape(-1, *elements, *event)
-    return values, log_probs.reshape(k, n)[digits, each].sum(-1)
-
-
-def _support(step: Choice, *leaves: Any) -> tuple[jax.Array, jax.Array]:
-    """All joint values of the elements and lanes of a choice, and their log probabilities."""
-    values, log_probs = _over(step.lanes, lambda *ls: step.rule.support(ls), out_axes=1)(*leaves)
-    return _combinations(values, log_probs)
-
-
-def _as_array(x: Any) -> jax.Array:
-    return x if isinstance(x, jax.Array) else jnp.asarray(x)
-
-
-def _array(w: World) -> World:
-    return w._replace(value=_as_array(w.value))
-
-
-def _float(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.result_type(float))
-
-
-# ---- inside loops and branches -----------------------------------------------------------------------------------------
-
-
-class _Effects(NamedTuple):
-    """What the choices inside left.
-
-    score, control  sums of Λ and of b (exp(Λ - sg Λ) - 1)
-    moments         number of the baselines b, Σ b and Σ b²
-    lane            Λ of the choices that have the leave-one-out baseline, for the lanes around them
-    weights         path -> weights of the worlds of that source, flat, loops first
-    """
-
-    score: jax.Array
-    control: jax.Array
-    moments: jax.Array
-    lane: jax.Array
-    weights: dict[Path, jax.Array]
-
-
-def _nothing() -> _Effects:
-    zero = jnp.zeros((), jnp.result_type(float))
-    return _Effects(zero, zero, jnp.zeros(3, zero.dtype), zero, {})
-
-
-def _add(a: _Effects, b: _Effects) -> _Effects:
-    score, control, moments, lane = (x + y for x, y in zip(a[:-1], b[:-1], strict=True))
-    return _Effects(score, control, moments, lane, {**a.weights, **b.weights})
-
-
-class _Run:
-    """One evaluation under one plan."""
+class _Run(Inner):
+    """One evaluation under one plan, at the top level."""
 
     def __init__(self, layout: Plan, max_worlds: int) -> None:
-        self.plan = layout
+        super().__init__(layout)
         self.max_worlds = max_worlds
         self.sizes: dict[int, int] = {}  # step -> number of values on its axis
-
-    def inner(
-        self, program: Program, values: Sequence[Any], key: jax.Array, world: Any, path: Path, repeat: Any, outer: int
-    ) -> tuple[list[Any], _Effects]:
-        """Outputs and effects of a program in one world.
-
-        repeat, outer: which run of the loops around this is, of how many
-        """
-        env: dict[int, Any] = dict(zip(program.inputs, values, strict=True))
-        outs: Sequence[Any]
-        effects = _nothing()
-        for i, step in enumerate(program.steps):
-            inputs = [a.value if isinstance(a, Const) else env[a] for a in step.inputs]
-            if isinstance(step, Op):
-                outs = step.run(*inputs)
-            else:
-                outs, left = self.step(
-                    step, list(map(_as_array, inputs)), _Source(key, i), world, (*path, i), repeat, outer
-                )
-                effects = _add(effects, left)
-            env.update(zip(step.outputs, outs, strict=True))
-        return [a.value if isinstance(a, Const) else env[a] for a in program.outputs], effects
-
-    def step(
-        self, step: Any, inputs: list[Any], source: _Source, world: Any, at: Path, repeat: Any, outer: int
-    ) -> tuple[Sequence[Any], _Effects]:
-        if isinstance(step, Choice):
-            return self.choice(step, inputs, source, world, at, repeat)
-        if isinstance(step, Scan):
-            return self.scan(step, inputs, source, world, at, repeat, outer)
-        if isinstance(step, Lanes):
-            return self.lanes(step, inputs, source, world, at, repeat, outer)
-        return self.cond(step, inputs, source, world, at, repeat, outer)
-
-    def number(self, at: Path, world: Any, repeat: Any) -> Any:
-        """Which alternative of the source at `at` this world is in this run of the loops; out of range if none."""
-        star = self.plan.stars[at]
-        return world - star.offset - repeat * (star.elements * star.options)
-
-    def choice(
-        self, step: Choice, leaves: list[Any], source: _Source, world: Any, at: Path, repeat: Any
-    ) -> tuple[Values, _Effects]:
-        strategy = self.plan.sites[at].strategy
-        nothing = _nothing()
-        if at in self.plan.stars:
-            number = self.number(at, world, repeat)
-            values, weights = _star(step, strategy, self.plan.stars[at], tuple(leaves), source, number)
-            return values, nothing._replace(weights={at: weights})
-        values = _draw(step, strategy, tuple(leaves), source)
-        if strategy != "reinforce":
-            return values, nothing
-        score, control, moments = _score(step, tuple(leaves), values)
-        if leaves_one_out(step.rule):
-            return values, nothing._replace(lane=score)
-        return values, nothing._replace(score=score, control=control, moments=moments)
-
-    def scan(
-        self, step: Scan, inputs: list[Any], source: _Source, world: Any, at: Path, repeat: Any, outer: int
-    ) -> tuple[Sequence[Any], _Effects]:
-        n, c = step.n_consts, step.n_carry
-        consts, init, rows = inputs[:n], inputs[n : n + c], inputs[n + c :]
-        types = [jnp.result_type(x) for x in init]
-
-        def body(carry: Any, row: Any) -> Any:
-            t, *row = row
-            here = jax.random.fold_in(source.draw(), t)
-            outs, left = self.inner(
-                step.body, [*consts, *carry, *row], here, world, at, repeat * step.length + t, outer * step.length
-            )
-            return [o.astype(d) for o, d in zip(outs[:c], types, strict=True)], (outs[c:], left)
-
-        times = jnp.arange(step.length)
-        carry, (ys, left) = lax.scan(body, list(map(jnp.asarray, init)), [times, *rows], step.length, step.reverse)
-        return [*carry, *ys], _summed(left)
-
-    def lanes(
-        self, step: Lanes, inputs: list[Any], source: _Source, world: Any, at: Path, repeat: Any, outer: int
-    ) -> tuple[Sequence[Any], _Effects]:
-        consts, rows = inputs[: step.n_consts], inputs[step.n_consts :]
-
-        def body(lane: Any, *row: Any) -> Any:
-            here = jax.random.fold_in(source.draw(), lane)
-            return self.inner(
-                step.body, [*consts, *row], here, world, at, repeat * step.length + lane, outer * step.length
-            )
-
-        outs, left = jax.vmap(body)(jnp.arange(step.length), *rows)
-        effects = _summed(left)._replace(lane=jnp.zeros((), left.lane.dtype))
-        if at in self.plan.stars:
-            # The world's result is the baseline: S gains sg(y - y_k) (Λ_k - sg Λ_k).
-            effects.weights[at] = sg(left.lane) - left.lane
-            number = self.number(at, world, repeat)
-            outs = [jnp.where(_row(number, x), _from_others(x), x) for x in outs]
-        return outs, effects
-
-    def cond(
-        self, step: Cond, inputs: list[Any], source: _Source, world: Any, at: Path, repeat: Any, outer: int
-    ) -> tuple[Sequence[Any], _Effects]:
-        sources = {p: s for p, s in self.plan.stars.items() if p[: len(at)] == at and len(p) > len(at)}
-
-        def branch(b: int) -> Callable[..., Any]:
-            def run(*operands: Any) -> Any:
-                here = jax.random.wrap_key_data(bits, impl=jax.random.key_impl(source.key))
-                outs, left = self.inner(step.branches[b], operands, here, world, (*at, b), repeat, outer)
-                outs = [jnp.asarray(o).astype(d) for o, d in zip(outs, types, strict=True)]
-                zeros = {p: jnp.zeros(s.worlds // outer, left.score.dtype) for p, s in sources.items()}
-                return outs, left._replace(weights={**zeros, **left.weights})
-
-            return run
-
-        # As bits: where the index is batched both branches run, and one key would be seen to be used by both.
-        bits = jax.random.key_data(source.draw())
-        first = step.branches[0]
-        types = [jnp.result_type(a.value) if isinstance(a, Const) else first.types[a].dtype for a in first.outputs]
-        index, *operands = inputs
-        return lax.switch(index, [branch(b) for b in range(len(step.branches))], *operands)
-
-    # ---- at the top level ----------------------------------------------------------------------------------------------
 
     def top(self, program: Program, args: Sequence[Any], key: jax.Array) -> Surrogate:
         env: dict[int, tuple[World, ...]] = {v: (plain(x),) for v, x in zip(program.inputs, args, strict=True)}
@@ -357,7 +95,7 @@ class _Run:
             if isinstance(step, Op):
                 env.update(zip(step.outputs, self.op(step, inputs, program.types), strict=True))
                 continue
-            outs, factor = self.factor(step, [_array(merged(ws)) for ws in inputs], _Source(key, i, alone), i)
+            outs, factor = self.factor(step, [_array(merged(ws)) for ws in inputs], Source(key, i, alone), i)
             env.update(zip(step.outputs, ((o,) for o in outs), strict=True))
             factors.append(factor)
         (output,) = program.outputs
@@ -404,7 +142,7 @@ class _Run:
         outs, others, axes, reach = self.lift(lambda _, *v: step.run(*v), inputs)
         return [World(x, axes, None if others is None else others[k], reach) for k, x in enumerate(outs)]
 
-    def factor(self, step: Any, inputs: list[World], source: _Source, i: int) -> tuple[list[World], Factor]:
+    def factor(self, step: Any, inputs: list[World], source: Source, i: int) -> tuple[list[World], Factor]:
         """The values of a choice, loop or branch, and what is to be done when it is taken out."""
         if isinstance(step, Choice) and self.plan.sites[(i,)].exact:
             return self.enumerated(step, inputs, i)
@@ -428,18 +166,18 @@ class _Run:
         weights = [(sources[p], World(w, axes, None, reach)) for p, w in left.weights.items()]
         return worlds, Factor(i, None, score, control, weights, moments)
 
-    def starred(self, step: Choice, inputs: list[World], source: _Source, i: int) -> tuple[list[World], Factor]:
+    def starred(self, step: Choice, inputs: list[World], source: Source, i: int) -> tuple[list[World], Factor]:
         """A choice with alternative worlds: in its own ones it has its alternatives, in the others it is as sampled there."""
         star, strategy = self.plan.stars[(i,)], self.plan.sites[(i,)].strategy
 
         def draw(_: Any, *leaves: Any) -> jax.Array:
-            return _draw(step, strategy, leaves, source)[0]
+            return drawn(step, strategy, leaves, source)[0]
 
         def alternatives(_: Any, *leaves: Any) -> tuple[jax.Array, jax.Array]:
             value = draw(_, *leaves)
-            options, weights = _alternatives(step, strategy, leaves, (value,), source)
-            alone = _each_alone(value, options, star, value.shape[weights.ndim - 1 :])
-            return sg(alone), _float(weights.reshape(star.options, star.elements).T.reshape(-1))
+            options, weights = alternatives_of(step, strategy, leaves, (value,), source)
+            alone = each_alone(value, options, star, value.shape[weights.ndim - 1 :])
+            return sg(alone), as_float(weights.reshape(star.options, star.elements).T.reshape(-1))
 
         value, others, axes, reach = self.lift(draw, inputs)
         (options, weights), _, _, _ = self.lift(alternatives, [w._replace(others=None) for w in inputs])
@@ -450,7 +188,7 @@ class _Run:
         return [World(value, axes, others, reach | {i})], Factor(i, None, None, None, [(star, weight)], None)
 
     def enumerated(self, step: Choice, inputs: list[World], i: int) -> tuple[list[World], Factor]:
-        support = partial(_support, step)
+        support = partial(joint_support, step)
         (values, log_probs), others, axes, reach = self.lift(lambda _, *leaves: support(*leaves), inputs)
         self.sizes[i] = log_probs.shape[-1]
         if math.prod(self.sizes[a] for a in (*axes, i)) > self.max_worlds:
@@ -469,10 +207,10 @@ class _Run:
         choice = step.body.steps[found.choice]
         assert isinstance(choice, Choice)
         types = leaf_types(choice, step.body, lanes=True)
-        size = jax.eval_shape(partial(_support, choice), *types)[1].shape[0]
+        size = jax.eval_shape(partial(joint_support, choice), *types)[1].shape[0]
 
         def run(_: Any, *values: Any) -> Any:
-            return enumerated_scan(step, found, list(values), size, partial(_support, choice))
+            return enumerated_scan(step, found, list(values), size, partial(joint_support, choice))
 
         (outs, last), others, axes, reach = self.lift(run, inputs)
         self.sizes[i] = size
@@ -510,21 +248,8 @@ class _Run:
         return Surrogate(value, sum((e.value for e in errors), jnp.zeros((), value.dtype)))
 
 
-def _summed(left: _Effects) -> _Effects:
-    """Effects of a loop: sums over its steps; weights with the loop in front."""
-    weights = {p: w.reshape(-1) for p, w in left.weights.items()}
-    return _Effects(left.score.sum(), left.control.sum(), left.moments.sum(0), left.lane.sum(), weights)
-
-
-def _row(number: Any, x: jax.Array) -> jax.Array:
-    return (jnp.arange(x.shape[0]) == number).reshape(-1, *(1 for _ in x.shape[1:]))
-
-
-def _from_others(x: jax.Array) -> jax.Array:
-    """For every lane something that does not depend on it: the mean of the others, for integers the next one's value."""
-    if jnp.issubdtype(x.dtype, jnp.inexact):
-        return (x.sum(0, keepdims=True) - x) / (x.shape[0] - 1)
-    return jnp.roll(x, 1, axis=0)
+def _array(w: World) -> World:
+    return w._replace(value=as_array(w.value))
 
 
 def _rules(step: Any) -> list[Any]:

@@ -22,11 +22,10 @@ from paper_checks.programmable_vi.gradients import (
     elbo_identity,
     entropy_and_noise,
     exact_at_posterior,
-    hybrid,
-    supported_grid,
     wake_fixed,
     worked_example,
 )
+from paper_checks.programmable_vi.grid import hybrid, supported_grid
 from paper_checks.programmable_vi.overhead import operations, timing
 
 signal_to_noise = not_checkable(
