@@ -16,7 +16,6 @@ from jax import lax
 from numpyro.distributions import Distribution
 
 from vi import families, jaxpr, strategies
-from vi.errors import StrategyError
 from vi.strategies import Strategy
 
 Values = tuple[jax.Array, ...]  # what one choice returns
@@ -135,10 +134,8 @@ def sample(d: Distribution, name: str | None = None) -> jax.Array:
     arrays = tuple(
         isinstance(x, jax.core.Tracer) or not jnp.issubdtype(jnp.result_type(x), jnp.integer) for x in leaves
     )
-    label = name if name is not None else f"{type(_innermost(plain)).__name__} draw"
+    label = name if name is not None else f"{type(families.innermost(plain)).__name__} draw"
     given = [x for x, is_array in zip(leaves, arrays, strict=True) if is_array]
-    if strategy is not None and strategy.name not in families.legal(plain):
-        raise illegal_family(label, plain, strategy.name)
     if baseline is not None:
         given.append(baseline)
     rule = DistributionRule(
@@ -173,21 +170,3 @@ def random_key() -> jax.Array:
     """A PRNG key inside an expectation, for randomness that does not depend on a parameter (a shuffle, a subsample)."""
     (key,) = jaxpr.choose((), KeyRule(), [jax.eval_shape(lambda: jax.random.key(0))])
     return key
-
-
-def illegal_family(label: str, d: Distribution, strategy: str) -> StrategyError:
-    """The error for an estimator that the distribution of a choice does not have."""
-    return StrategyError(
-        f"{label}: {strategy} is not legal for {type(_innermost(d)).__name__}; legal here: "
-        + (", ".join(families.legal(d)) or "none")
-    )
-
-
-def _innermost(d: Distribution) -> Distribution:
-    while isinstance(getattr(d, "base_dist", None), Distribution) and type(d).__name__ in (
-        "Independent",
-        "ExpandedDistribution",
-        "MaskedDistribution",
-    ):
-        d = d.base_dist
-    return d

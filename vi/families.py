@@ -80,10 +80,17 @@ _WHY = {
 }
 
 
+def innermost(d: Distribution) -> Distribution:
+    """The family inside `to_event`, `expand` and `mask`; its parameters broadcast against the elements from the right."""
+    while isinstance(d, WRAPPERS):
+        d = d.base_dist
+    return d
+
+
 def element_shape(d: Distribution) -> tuple[int, ...]:
     """The shape of the independent choices of `d`: its batch shape and the dimensions reinterpreted by `to_event`."""
     shape = tuple(d.shape())
-    return shape[: len(shape) - _core(d).event_dim]
+    return shape[: len(shape) - innermost(d).event_dim]
 
 
 def legal(d: Distribution) -> tuple[str, ...]:
@@ -92,7 +99,7 @@ def legal(d: Distribution) -> tuple[str, ...]:
     Where legality depends on the parameter (the concentration of a Gamma under "mvd", the ends of a Uniform under
     "reinforce") the strategy is listed, and the gradient in that parameter raises StrategyError.
     """
-    core = _core(d)
+    core = innermost(d)
     kind = type(core)
     if kind is dist.Delta:
         return ("reparam",)
@@ -118,13 +125,13 @@ def require(d: Distribution, strategy: str) -> None:
     allowed = legal(d)
     if strategy not in allowed:
         raise StrategyError(
-            f"{strategy} is not legal for {_name(_core(d))}: {_WHY[strategy]}; legal: {', '.join(allowed) or 'none'}"
+            f"{strategy} is not legal for {_name(innermost(d))}: {_WHY[strategy]}; legal: {', '.join(allowed) or 'none'}"
         )
 
 
 def draw(d: Distribution, key: Key[Array, ""]) -> Shaped[Array, "*elements_and_event"]:
     """A draw without a gradient."""
-    core = jax.tree.map(lambda x: lax.stop_gradient(x) if isinstance(x, jax.core.Tracer) else x, _core(d))
+    core = jax.tree.map(lambda x: lax.stop_gradient(x) if isinstance(x, jax.core.Tracer) else x, innermost(d))
     return lax.stop_gradient(jnp.asarray(_sample(core, d, key)))
 
 
@@ -135,7 +142,7 @@ def pathwise(d: Distribution, key: Key[Array, ""]) -> Float[Array, "*elements_an
     reparameterised raises it too.
     """
     require(d, "reparam")
-    return jnp.asarray(_sample(_pathwise(_core(d), "reparam"), d, key))
+    return jnp.asarray(_sample(_pathwise(innermost(d), "reparam"), d, key))
 
 
 def implicit_draw(d: Distribution, key: Key[Array, ""]) -> Float[Array, "*elements_and_event"]:
@@ -145,7 +152,7 @@ def implicit_draw(d: Distribution, key: Key[Array, ""]) -> Float[Array, "*elemen
     family with a distribution function and a density, mixtures included, is differentiated by the rule.
     """
     require(d, "implicit")
-    core = _core(d)
+    core = innermost(d)
     if _samples_implicitly(core):
         return jnp.asarray(_sample(_pathwise(core, "implicit"), d, key))
     x = draw(d, key)
@@ -156,13 +163,13 @@ def implicit_draw(d: Distribution, key: Key[Array, ""]) -> Float[Array, "*elemen
 
 def log_prob(d: Distribution, value: Shaped[Array, "*elements_and_event"]) -> Float[Array, "*elements"]:
     """The log density of each element, unmasked; differentiating it in an edge of the support raises StrategyError."""
-    return jnp.broadcast_to(_log_prob(_core(d), value), element_shape(d))
+    return jnp.broadcast_to(_log_prob(innermost(d), value), element_shape(d))
 
 
 def density(d: Distribution, value: Any, *intermediates: Any) -> Array:
     """The log density as NumPyro's `log_prob` gives it, masked and summed over events, with the right derivative in logits
     that are zero.  `intermediates` are those of a transformed distribution."""
-    if type(_core(d)) not in _LOGITS:
+    if type(innermost(d)) not in _LOGITS:
         return d.log_prob(value, *intermediates)
     if isinstance(d, dist.Independent):
         inner = density(d.base_dist, value)
@@ -178,7 +185,7 @@ def density(d: Distribution, value: Any, *intermediates: Any) -> Array:
 def support(d: Distribution) -> tuple[Shaped[Array, "K *elements_and_event"], Float[Array, "K *elements"]]:
     """All values that an element can take, and their log probabilities, for families with a finite support."""
     require(d, "enum")
-    core, elements = _core(d), element_shape(d)
+    core, elements = innermost(d), element_shape(d)
     listed = _enumerated(core)
     assert listed is not None
     values = listed.reshape((len(listed),) + (1,) * len(elements) + core.event_shape)
@@ -196,7 +203,7 @@ def alternatives(
     the rule leaves out.
     """
     require(d, "mvd")
-    core, elements = _core(d), element_shape(d)
+    core, elements = innermost(d), element_shape(d)
     value = lax.stop_gradient(value)
     values, weights = _DECOMPOSITIONS[type(core)](core, value, key)
     return (
@@ -316,13 +323,6 @@ _BY_SUPPORT = frozenset(kind for kind, rule in _DECOMPOSITIONS.items() if rule i
 
 
 # --- the structure of NumPyro's distributions ---
-
-
-def _core(d: Distribution) -> Distribution:
-    """The family inside `to_event`, `expand` and `mask`; its parameters broadcast against the elements from the right."""
-    while isinstance(d, WRAPPERS):
-        d = d.base_dist
-    return d
 
 
 def _name(d: Distribution) -> str:

@@ -124,9 +124,8 @@ def fit(
     second one raises at once.
 
     Only parameters and the optimiser's state are carried from step to step.  What is learned beside the main objective
-    is a parameter with a loss of its own: a baseline b of `vi.reinforce(d, baseline=b)` with the term
-    (stop_gradient(cost) - b)² / 2 (a step at rate r makes b the moving average (1 - r) b + r cost), or a network of the
-    data in b's place.  Other mutable state (running statistics of batch normalisation) is not carried.
+    is a parameter with a loss of its own: the baselines of an objective, numbers or networks of the data, with the term
+    objective.baseline_loss(key, ...).  Other mutable state (running statistics of batch normalisation) is not carried.
 
     Raises ValueError for settings out of range, a loss that is no real scalar, a checkpoint that cannot be written or
     belongs to another run, and TypeError if there is nothing to train or a leaf marked as trainable cannot be.

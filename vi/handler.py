@@ -15,7 +15,7 @@ from numpyro.primitives import _PYRO_STACK, Messenger
 
 from vi.errors import AddressError
 from vi.expectation import continuous, random_key, sample
-from vi.families import density
+from vi.families import density, innermost
 from vi.jaxpr import trace_state
 from vi.strategies import reparam, split
 from vi.supports import check_support, static_support
@@ -381,10 +381,7 @@ def _log_prob(d: dist.Distribution, *args: Any) -> Any:
     NumPyro's densities are continuous in their parameters, and in the value inside the support, however they are
     computed (in several pieces, some of them); a density of the user's own is looked into.
     """
-    inner = d
-    while isinstance(inner, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution):
-        inner = inner.base_dist
-    if not type(inner).__module__.startswith("numpyro."):
+    if not type(innermost(d)).__module__.startswith("numpyro."):
         return d.log_prob(*args)
     return continuous(lambda *args: density(d, *args))(*args)
 

@@ -24,6 +24,7 @@ from jaxtyping import Array, Float
 
 from vi.errors import AddressError
 from vi.expectation import Expectation, expectation, vmap
+from vi.families import innermost
 from vi.inference import bind, importance, marginal, normalize
 from vi.programs import Program, Site, Trace, WeightedProgram, log_density, scale_observations, sim, sites
 from vi.strategies import reinforce, reparam
@@ -300,8 +301,9 @@ def _kl(q: dict[str, Site], p: dict[str, Site]) -> Float[Array, ""]:
         try:
             divergence = dist.kl_divergence(d_q, d_p)
         except NotImplementedError as error:
+            families = " to ".join(type(innermost(d)).__name__ for d in (d_q, d_p))
             raise NotImplementedError(
-                f"elbo: NumPyro has no analytic KL divergence from {_family(d_q)} to {_family(d_p)} at '{a}'"
+                f"elbo: NumPyro has no analytic KL divergence from {families} at '{a}'"
             ) from error
         if q[a].scale is not p[a].scale and q[a].scale != p[a].scale:
             raise ValueError(
@@ -309,12 +311,6 @@ def _kl(q: dict[str, Site], p: dict[str, Site]) -> Float[Array, ""]:
             )
         total += jnp.sum(divergence if q[a].scale is None else q[a].scale * divergence)
     return total
-
-
-def _family(d: dist.Distribution) -> str:
-    while isinstance(d, dist.Independent | dist.ExpandedDistribution):
-        d = d.base_dist
-    return type(d).__name__
 
 
 def _check_n(caller: str, n: Any, least: int) -> None:
