@@ -8,8 +8,8 @@ not used is not.
 
 Taken to be harmless are comparisons inside the functions listed in `vi.jaxpr.CONTINUOUS` (relu, softplus, clip, ...) and inside
 functions marked with `vi.continuous`; tests for NaN and infinity, which are true with probability zero; and conditions
-of which one outcome is a constant that is infinite or NaN (a density outside its support), as long as nothing but sums and
-multiples are taken of it, since that shows in the result: the exponential of minus infinity is zero and does not.
+of which one outcome is a constant that is infinite or NaN (a density outside its support), as long as what is computed from it
+stays infinite or NaN, since that shows in the result: the exponential of minus infinity is zero and does not.
 """
 
 from __future__ import annotations
@@ -42,7 +42,13 @@ _COMPARISONS = frozenset([
 ])  # fmt: skip
 _MOVED = frozenset(["broadcast_in_dim", "convert_element_type", "copy", "copy_p", "reshape"])
 # Of infinity they make infinity or NaN.
-_KEEPS_INFINITY = LINEAR | _MOVED | frozenset(["add", "add_any", "sub", "mul", "select_n"])
+_KEEPS_INFINITY = (
+    LINEAR
+    | _MOVED
+    | frozenset(
+        ["add", "add_any", "sub", "mul", "select_n", "abs", "square", "sqrt", "log", "log1p", "cumsum", "dot_general"]
+    )
+)
 _ROUNDING = frozenset(["floor", "ceil", "round", "rem"])
 _BITS = frozenset([
     "bitcast_convert_type", "reduce_and", "reduce_or", "and", "or", "not", "xor", "shift_left",
