@@ -20,7 +20,6 @@ import scipy.ndimage
 import scipy.stats
 from rich.console import Console
 
-
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 SIGMAS = 5.0
 
