@@ -40,8 +40,8 @@ def dense(layers: Layers, x: jax.Array) -> jax.Array:
 
 
 def encode(encoder: Layers, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    out = dense(encoder, x)
-    return out[..., :LATENT], jax.nn.softplus(out[..., LATENT:])
+    loc, raw = jnp.split(dense(encoder, x), 2, axis=-1)
+    return loc, jax.nn.softplus(raw)
 
 
 def elbo_by_hand(decoder: Layers, encoder: Layers, x: jax.Array, noise: jax.Array) -> jax.Array:

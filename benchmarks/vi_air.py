@@ -13,7 +13,8 @@ them.  Both are NumPyro programs; z_where and z_what are reparameterised, z_pres
 
 `--full` has the sizes and settings of Becker et al. (PLDI 2024): 50x50 canvases, Adam 1e-4, 41 epochs of 60 000.  The default
 is a small version for a CPU, 24x24.  Reported is how often the guide finds the number of digits on held-out canvases, one
-draw per canvas, and the ELBO there.  Runs can be interrupted and resumed: their state is kept in the output folder.  Prints a
+draw per canvas, and the ELBO there.  Runs can be interrupted, or killed, and started again: they go on from the last checkpoint,
+which is kept in the output folder, and end with the figures of an uninterrupted run, bit for bit but for the times.  Prints a
 table, and writes vi_air.json, .png and .svg.
 """
 
@@ -88,6 +89,7 @@ def train(
     setting: Setting,
     name: str,
     loss: Loss,
+    optimizer: optax.GradientTransformation,
     seed: int,
     data: Data,
     judged: Judge,
@@ -102,45 +104,58 @@ def train(
     checkpoint = state / f"{name}-{seed}.npz"
     record = checkpoint.with_suffix(".json")
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    curve = json.loads(record.read_text()) if checkpoint.exists() and record.exists() else []
+    resumed = checkpoint.exists()
+    curve = json.loads(record.read_text()) if resumed and record.exists() else []
+    judged_before = len(curve)
     key_init, key_train, key_judge = jax.random.split(jax.random.key(seed), 3)
     clock = time.perf_counter()
 
+    def last() -> int:
+        return curve[-1]["step"] if curve else 0
+
     def look(step: int, value: float, params: Params) -> None:
         nonlocal clock
-        seconds = time.perf_counter() - clock
+        point = {"step": step, "chunk_seconds": time.perf_counter() - clock, "first": len(curve) == judged_before}
         right, elbo = judged(params, jax.random.fold_in(key_judge, step))
-        accuracy = float(right.mean())
-        curve.append({"step": step, "chunk_seconds": seconds, "loss": value, "elbo": float(elbo), "accuracy": accuracy})
+        curve.append(point | {"loss": value, "elbo": float(elbo), "accuracy": float(right.mean())})
         write(record, lambda name: Path(name).write_text(json.dumps(curve)))
-        console.log(f"{name}, seed {seed}, step {step}: {seconds:.1f} s, ELBO {elbo:.1f}, counts {accuracy:.3f}")
+        console.log(
+            f"{name}, seed {seed}, step {step}: {point['chunk_seconds']:.1f} s, ELBO {elbo:.1f}, counts {right.mean():.3f}"
+        )
         clock = time.perf_counter()
 
-    params, info = vi.fit(
-        loss,
-        init(setting, key_init),
-        optax.adam(setting.learning_rate),
-        key_train,
-        steps=setting.steps,
-        data=data.train,
-        batch_size=setting.batch,
-        chunk=every,
-        checkpoint=checkpoint,
-        callback=look,
-    )
-    if info.stopped != "steps":
-        raise SystemExit(f"{name}, seed {seed}: {info.message}")
+    # A process that was killed may have saved a chunk without having judged it.  With the next step to be judged as the limit,
+    # `fit` returns the parameters there in either case: it loads them, or takes the steps.
+    limits = {min(last() + every, setting.steps), setting.steps} if resumed else {setting.steps}
+    for limit in sorted(limits):
+        params, info = vi.fit(
+            loss,
+            init(setting, key_init),
+            optimizer,
+            key_train,
+            steps=limit,
+            data=data.train,
+            batch_size=setting.batch,
+            chunk=every,
+            checkpoint=checkpoint,
+            callback=look,
+        )
+        if info.steps > last():  # saved, and not judged: so does Ctrl-C end the run, too
+            look(info.steps, float(info.losses[-1]), params)
+        if info.stopped != "steps":
+            raise SystemExit(f"{name}, seed {seed}: {info.message}")
     return curve, params
 
 
 def summary(name: str, seed: int, curve: list[dict[str, float]], right: jax.Array, counts: jax.Array) -> dict[str, Any]:
     """What is reported of a run.  Its first chunk may compile: the time beyond that of a usual one is the compilation.
 
-    (So may the first chunk after an interruption, whose compilation then counts as training.)
+    The first chunk after an interruption compiles too, or was trained by a process that did not live to tell the time: for
+    the first chunks the usual time stands.
     """
-    chunks = np.array([point["chunk_seconds"] for point in curve])
-    usual = float(np.median(chunks[1:])) if len(chunks) > 1 else float(chunks[0])
-    training = np.concatenate([[usual], chunks[1:]]).cumsum()
+    chunks, first = (np.array([point[name] for point in curve]) for name in ("chunk_seconds", "first"))
+    usual = float(np.median(chunks if first.all() else chunks[~first]))
+    training = np.where(first, usual, chunks).cumsum()
     reached = [t for t, point in zip(training, curve, strict=True) if point["accuracy"] >= TARGET]
     return {
         "method": name,
@@ -210,7 +225,7 @@ def examples(setting: Setting, params: Params, data: Data) -> list[dict[str, Any
     ]
 
 
-def figure(result: dict[str, Any]):
+def figure(result: dict[str, Any], shown: list[dict[str, Any]]):
     """Held-out accuracy and ELBO against seconds of training, above canvases with the windows found, and the model's drawing."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
@@ -235,8 +250,8 @@ def figure(result: dict[str, Any]):
     axes[0].legend(fontsize=8)
     for axis in axes:
         axis.grid(alpha=0.3)
-    pictures = below.subplots(2, len(result["examples"]))
-    for column, example in zip(pictures.T, result["examples"], strict=True):
+    pictures = below.subplots(2, len(shown))
+    for column, example in zip(pictures.T, shown, strict=True):
         size = len(example["image"])
         for axis, picture in zip(column, ("image", "drawn"), strict=True):
             axis.imshow(example[picture], cmap="gray", vmin=0, vmax=255)
@@ -269,25 +284,30 @@ def main(arguments: list[str] | None = None) -> None:
     state = options.out / f"{name}_state"
     data = load(setting)
     judged = judge(setting, data)
+    optimizer = optax.adam(setting.learning_rate)
     runs, shown = [], None
     for method in options.methods.split(","):
-        loss = loss_of(setting, method)  # one for all seeds, so that it is compiled once
+        loss = loss_of(setting, method)  # one for all seeds, as the optimizer is, so that they are compiled once
         for seed in map(int, options.seeds.split(",")):
-            curve, params = train(setting, method, loss, seed, data, judged, every, state, console)
+            curve, params = train(setting, method, loss, optimizer, seed, data, judged, every, state, console)
             right, _ = judged(params, jax.random.key(1000 + seed))
             runs.append(summary(method, seed, curve, right, data.counts))
             shown = params if shown is None else shown
+    flag = ["--full"] if options.full else ["--quick"] if options.quick else []
+    steps = ["--steps", f"{options.steps}"] if options.steps else []
+    chosen = [*flag, "--methods", options.methods, "--seeds", options.seeds, *steps]
     result: dict[str, Any] = {
         "benchmark": name,
+        "command": " ".join(["python benchmarks/vi_air.py", *chosen]),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
         **about("jax", "numpyro", "equinox", "optax"),
         "data": data.source,
         "setting": setting._asdict(),
         "runs": runs,
-        "examples": examples(setting, shown, data),
     }
     console.print(show(result))
     target = options.out / f"{name}.json"
-    write_result(target, result, figure(result))
+    write_result(target, result, figure(result, examples(setting, shown, data)))
     shutil.rmtree(state)  # all runs are done
     console.print(f"written: {target} (and .png, .svg)")
 

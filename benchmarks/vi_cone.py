@@ -339,6 +339,9 @@ def main(arguments: list[str] | None = None) -> int:
     rows = measure(log2, steps, console)
     result: dict[str, Any] = {
         "benchmark": "vi_cone",
+        "command": f"python benchmarks/vi_cone.py{' --quick' if options.quick else ''}",
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "seeds": {name: number for number, name in enumerate(NAMES)},
         **about("jax", "numpyro", "optax", "scipy"),
         "log_evidence": log_evidence(),
         "step": STEP,

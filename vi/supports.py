@@ -37,12 +37,17 @@ def check_support(address: str, drawn: constraints.Constraint, d: dist.Distribut
     NumPyro knows no bijection, or bounds are traced, nothing is checked.
     """
     taken = static_support(d)
-    if taken is None or _traced(drawn) or drawn is taken:
+    if taken is None or _traced(drawn):
+        return
+    drawn, taken = _element(drawn), _element(taken)
+    if drawn is taken:
         return
     try:
         kinds = drawn.is_discrete, taken.is_discrete
+        if taken is constraints.real and not kinds[0]:  # the usual case, for which nothing need be computed
+            return
         with jax.ensure_compile_time_eval():
-            outside = None if kinds[0] != kinds[1] else _outside(_element(drawn), _element(taken), shape)
+            outside = None if kinds[0] != kinds[1] else _outside(drawn, taken, shape)
     except NotImplementedError:
         return
     if kinds[0] != kinds[1]:

@@ -25,6 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import jax
@@ -35,7 +36,19 @@ from vi.chains import enumerated_scan
 from vi.inner import Inner, Source, alternatives_of, as_array, as_float, drawn, each_alone, joint_support
 from vi.jaxpr import Choice, Cond, Const, Op, Program, Scan, depends
 from vi.planning import Plan, leaf_types, plan
-from vi.worlds import Factor, World, collected, expected, linear, merged, plain, squared_error, summed, weighted
+from vi.worlds import (
+    Factor,
+    World,
+    collected,
+    expected,
+    linear,
+    merged,
+    plain,
+    squared_error,
+    summed,
+    weighed,
+    weighted,
+)
 
 sg = lax.stop_gradient
 
@@ -81,6 +94,15 @@ class _Run(Inner):
         super().__init__(layout)
         self.max_worlds = max_worlds
         self.sizes: dict[int, int] = {}  # step -> number of values on its axis
+        self.sums: dict[int, tuple[tuple[World, ...], World]] = {}  # terms, by identity, and their sum
+
+    def whole(self, terms: tuple[World, ...]) -> World:
+        """The sum of the terms of one value, computed once however many operations read it."""
+        if len(terms) == 1:
+            return terms[0]
+        if id(terms) not in self.sums:
+            self.sums[id(terms)] = terms, merged(terms)
+        return self.sums[id(terms)][1]
 
     def top(self, program: Program, args: Sequence[Any], key: jax.Array) -> Surrogate:
         env: dict[int, tuple[World, ...]] = {v: (plain(x),) for v, x in zip(program.inputs, args, strict=True)}
@@ -95,9 +117,10 @@ class _Run(Inner):
             if isinstance(step, Op):
                 env.update(zip(step.outputs, self.op(step, inputs, program.types), strict=True))
                 continue
-            outs, factor = self.factor(step, [_array(merged(ws)) for ws in inputs], Source(key, i, alone), i)
+            outs, factor = self.factor(step, [_array(self.whole(ws)) for ws in inputs], Source(key, i, alone), i)
             env.update(zip(step.outputs, ((o,) for o in outs), strict=True))
-            factors.append(factor)
+            if factor is not None:
+                factors.append(factor)
         (output,) = program.outputs
         return self.take_out(list(read(output)), factors)
 
@@ -136,14 +159,14 @@ class _Run(Inner):
         parts = linear(step, inputs)
         if parts is not None:
             return [collected([self.apply(step, t)[0] for t in parts])]
-        return [(w,) for w in self.apply(step, list(map(merged, inputs)))]
+        return [(w,) for w in self.apply(step, list(map(self.whole, inputs)))]
 
     def apply(self, step: Op, inputs: Sequence[World]) -> list[World]:
         outs, others, axes, reach = self.lift(lambda _, *v: step.run(*v), inputs)
         return [World(x, axes, None if others is None else others[k], reach) for k, x in enumerate(outs)]
 
-    def factor(self, step: Any, inputs: list[World], source: Source, i: int) -> tuple[list[World], Factor]:
-        """The values of a choice, loop or branch, and what is to be done when it is taken out."""
+    def factor(self, step: Any, inputs: list[World], source: Source, i: int) -> tuple[list[World], Factor | None]:
+        """The values of a choice, loop or branch, and what is to be done when it is taken out, if anything is."""
         if isinstance(step, Choice) and self.plan.sites[(i,)].exact:
             return self.enumerated(step, inputs, i)
         if i in self.plan.chains:
@@ -156,9 +179,13 @@ class _Run(Inner):
             return self.step(step, list(values), source, world, (i,), 0, 1)
 
         (outs, left), others, axes, reach = self.lift(run, inputs, source=bool(sources))
-        mine = reach | {i}
-        worlds = [World(x, axes, None if others is None else others[0][k], mine) for k, x in enumerate(outs)]
         scored = any(s.strategy == "reinforce" for p, s in self.plan.sites.items() if p[0] == i)
+        # What is differentiated through its draws leaves nothing to do, and values that depend on it need no mark of that.
+        pathwise = not scored and not sources
+        mine = reach if pathwise else reach | {i}
+        worlds = [World(x, axes, None if others is None else others[0][k], mine) for k, x in enumerate(outs)]
+        if pathwise:
+            return worlds, None
         score = World(left.score, axes, None, reach) if scored else None
         baselines = any(map(_has_baseline, _rules(step)))
         control = World(left.control, axes, None, reach) if baselines else None
@@ -227,25 +254,49 @@ class _Run(Inner):
     def take_out(self, terms: list[World], factors: list[Factor]) -> Surrogate:
         """The expectation of the sum of the terms, choice by choice, the last one first."""
         errors: list[World] = []
-        for factor in reversed(factors):
-            i = factor.step
-            touched = [t for t in terms if i in t.axes or i in t.reach]
-            if touched:
-                # A baseline is compared with the whole result, not only with the terms that the draw reaches.
-                whole = factor.moments is not None
-                rest = [] if whole else [t for t in terms if i not in t.axes and i not in t.reach]
-                if factor.control is not None and factor.moments is not None:
-                    errors.append(squared_error(merged(tuple(terms)), factor.moments))
-                    rest.append(factor.control._replace(value=-factor.control.value))
-                if factor.probs is not None:
-                    rest += [expected(t, factor.probs, i) for t in touched]
-                else:
-                    rest += [weighted(t, factor) for t in (terms if whole else touched)]
-                terms = list(collected(rest))
-            if factor.probs is not None:
-                errors = [expected(e, factor.probs, i) if i in e.axes else e for e in errors]
+        for alike, run in groupby(reversed(factors), key=_has_worlds_only):
+            if alike:
+                together = list(run)
+                terms = list(collected([weighed(t, _touching(t, together)) for t in terms]))
+            else:
+                for factor in run:
+                    terms = self.taken(terms, factor, errors)
         value = jnp.asarray(sum((t.value for t in terms[1:]), terms[0].value))
         return Surrogate(value, sum((e.value for e in errors), jnp.zeros((), value.dtype)))
+
+    def taken(self, terms: list[World], factor: Factor, errors: list[World]) -> list[World]:
+        """The terms without this choice; `errors`, of baselines, are added to, and lose the choice too."""
+        i = factor.step
+        touched = [t for t in terms if i in t.axes or i in t.reach]
+        if touched:
+            # A baseline is compared with the whole result, not only with the terms that the draw reaches.
+            whole = factor.moments is not None
+            rest = [] if whole else [t for t in terms if i not in t.axes and i not in t.reach]
+            if factor.control is not None and factor.moments is not None:
+                errors.append(squared_error(merged(tuple(terms)), factor.moments))
+                rest.append(factor.control._replace(value=-factor.control.value))
+            if factor.probs is not None:
+                rest += [expected(t, factor.probs, i) for t in touched]
+            else:
+                rest += [weighted(t, factor) for t in (terms if whole else touched)]
+            terms = list(collected(rest))
+        if factor.probs is not None:
+            errors[:] = [expected(e, factor.probs, i) if i in e.axes else e for e in errors]
+        return terms
+
+
+def _has_worlds_only(factor: Factor) -> bool:
+    return factor.probs is None and factor.score is None and factor.moments is None
+
+
+def _touching(t: World, factors: list[Factor]) -> list[Factor]:
+    """Those of the factors, the last choice first, that the term depends on, itself or through the weights of later ones."""
+    reach, found = t.reach, []
+    for factor in factors:
+        if factor.step in reach:
+            found.append(factor)
+            reach = reach.union(*(w.reach for _, w in factor.weights))
+    return found
 
 
 def _array(w: World) -> World:

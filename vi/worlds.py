@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from vi.chains import LINEAR
@@ -167,22 +168,39 @@ def expected(t: World, probs: World, i: int) -> World:
 
 def weighted(t: World, factor: Factor) -> World:
     """The term with the score and the alternative worlds of a choice accounted for."""
-    parts = [w for w in (factor.score, *(w for _, w in factor.weights)) if w is not None]
+    parts = [] if factor.score is None else [factor.score]
     union = tuple(sorted({*t.axes, *(a for w in parts for a in w.axes)}))
-    reach = (t.reach - {factor.step}).union(*(w.reach for w in parts))
-    value = sampled = _aligned(t.value, t.axes, union)
     if factor.score is not None:
         score = _aligned(factor.score.value, factor.score.axes, union)
-        value = value * jnp.exp(score - sg(score)).astype(value.dtype)
-    if t.others is not None:
-        others = _aligned(t.others, t.axes, union, 1)
-        for star, weights in factor.weights:
-            w = jnp.moveaxis(weights.value, -1, 0)
-            w = _aligned(w, weights.axes, union, 1).astype(value.dtype)
-            gain = others[star.offset : star.offset + star.worlds] - sampled[None]
-            value = value + _once(w, jnp.broadcast_to(sg(gain), jnp.broadcast_shapes(gain.shape, w.shape))).sum(0)
-        return World(value, union, others, reach)
-    return World(value, union, None, reach)
+        value = _aligned(t.value, t.axes, union)
+        others = None if t.others is None else _aligned(t.others, t.axes, union, 1)
+        reach = t.reach | factor.score.reach
+        t = World(value * jnp.exp(score - sg(score)).astype(value.dtype), union, others, reach)
+    return weighed(t, [factor])
+
+
+def weighed(t: World, factors: Sequence[Factor]) -> World:
+    """The term with the alternative worlds of these choices accounted for, in one sum over all worlds."""
+    parts = [part for f in factors for part in f.weights]
+    reach = (t.reach - {f.step for f in factors}).union(*(w.reach for _, w in parts))
+    if t.others is None or not parts:
+        return t._replace(reach=reach)
+    union = tuple(sorted({*t.axes, *(a for _, w in parts for a in w.axes)}))
+    value, others = _aligned(t.value, t.axes, union), _aligned(t.others, t.axes, union, 1)
+    groups: dict[tuple[int, ...], list[tuple[Star, World]]] = {}
+    for star, w in parts:
+        groups.setdefault(w.axes, []).append((star, w))
+    total = value
+    for axes, group in groups.items():
+        group.sort(key=lambda part: part[0].offset)
+        w = jnp.moveaxis(jnp.concatenate([w.value for _, w in group], axis=-1), -1, 0)
+        w = _aligned(w, axes, union, 1).astype(value.dtype)
+        numbers = np.concatenate([np.arange(star.offset, star.offset + star.worlds) for star, _ in group])
+        first, last = numbers[0], numbers[-1] + 1
+        gain = others[first:last] if last - first == len(numbers) else others[numbers]
+        gain = gain - value[None]
+        total = total + _once(w, jnp.broadcast_to(sg(gain), jnp.broadcast_shapes(gain.shape, w.shape))).sum(0)
+    return World(total, union, others, reach)
 
 
 def squared_error(y: World, moments: World) -> World:
