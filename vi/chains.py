@@ -9,7 +9,7 @@ them; the last state leaves it with its distribution, for any use.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -21,9 +21,9 @@ from vi.jaxpr import Atom, Choice, Const, Op, Program, Scan
 Kind = Literal["fixed", "state", "sum"]
 LINEAR = frozenset([
     "neg", "reduce_sum", "broadcast_in_dim", "reshape", "squeeze", "transpose", "expand_dims", "slice", "rev", "copy",
-    "copy_p", "real", "reduce_precision", "stop_gradient",
+    "copy_p", "real", "stop_gradient",
 ])  # fmt: skip
-_SAME = frozenset(["copy", "copy_p", "convert_element_type"])
+_SAME = frozenset(["copy", "copy_p"])
 
 
 class Chain(NamedTuple):
@@ -44,7 +44,10 @@ def chain(program: Program, at: int) -> Chain | None:
         return None
     expected = [kind == "sum" for kind in found.carry] + list(found.rows)
     sums = {v for v, e in zip(scan.outputs, expected, strict=True) if e}
-    return None if sums & _not_affine(program) else found
+    live, not_affine = _uses(program)
+    # An expectation of integers is not an integer.
+    whole = {v for v in sums & live if not jnp.issubdtype(program.types[v].dtype, jnp.inexact)}
+    return None if whole or sums & not_affine else found
 
 
 def _classified(scan: Scan) -> Chain | None:
@@ -104,7 +107,10 @@ def _adds(body: Program, out: Atom, old: int, depends: dict[int, frozenset[int]]
             return False
         through = [a for a in step.inputs if not isinstance(a, Const) and k in depends[a]]
         linear = (
-            step.name in _SAME or step.name in ("add", "add_any") or (step.name == "sub" and step.inputs[0] in through)
+            step.name in _SAME
+            or keeps_floats(step, [body.types[a] for a in through])
+            or step.name in ("add", "add_any")
+            or (step.name == "sub" and step.inputs[0] in through)
         )
         if not linear or len(through) != 1:
             return False
@@ -112,8 +118,15 @@ def _adds(body: Program, out: Atom, old: int, depends: dict[int, frozenset[int]]
     return False
 
 
-def _not_affine(program: Program) -> set[int]:
-    """The variables in which the result is not affine with coefficients free of choices."""
+def keeps_floats(step: Op, inputs: Sequence[Any]) -> bool:
+    """A cast from float to float, given what is cast."""
+    if step.name != "convert_element_type":
+        return False
+    return all(jnp.issubdtype(t, jnp.inexact) for t in (step.params["new_dtype"], *(x.dtype for x in inputs)))
+
+
+def _uses(program: Program) -> tuple[set[int], set[int]]:
+    """The variables that the result needs, and those in which it is not affine with coefficients free of choices."""
     random: set[int] = set()
     for step in program.steps:
         if not isinstance(step, Op) or any(not isinstance(a, Const) and a in random for a in step.inputs):
@@ -129,18 +142,18 @@ def _not_affine(program: Program) -> set[int]:
                 continue
             live.add(a)
             others = [b for k, b in enumerate(step.inputs) if k != position and not isinstance(b, Const)]
-            if spoilt or not _affine(step, position, any(b in random for b in others)):
+            if spoilt or not _affine(step, position, any(b in random for b in others), program.types[a]):
                 bad.add(a)
-    return bad
+    return live, bad
 
 
-def _affine(step: Any, position: int, others_random: bool) -> bool:
+def _affine(step: Any, position: int, others_random: bool, kind: Any) -> bool:
     if not isinstance(step, Op):
         return False
     if step.name in LINEAR or step.name in ("add", "add_any", "sub"):
         return True
     if step.name == "convert_element_type":
-        return bool(jnp.issubdtype(step.params["new_dtype"], jnp.inexact))
+        return keeps_floats(step, [kind])
     return not others_random and (step.name == "mul" or (step.name == "div" and position == 0))
 
 
@@ -149,7 +162,7 @@ def enumerated_scan(
 ) -> tuple[list[Any], jax.Array]:
     """The outputs of the scan (states with the K values of the last choice in front), and that choice's distribution.
 
-    support(leaves) -> all K values of the choice with its lanes and elements, and their log probabilities
+    support(leaves) -> all K values of the choice with its lanes and elements, and their probabilities
     """
     n, c = scan.n_consts, scan.n_carry
     consts, init, rows = values[:n], [jnp.asarray(x) for x in values[n : n + c]], values[n + c :]
@@ -157,17 +170,17 @@ def enumerated_scan(
 
     def body(carry: list[Any], row: list[Any], z: Any) -> tuple[list[Any], jax.Array]:
         env: dict[int, Any] = dict(zip(scan.body.inputs, [*consts, *carry, *row], strict=True))
-        log_prob = jnp.zeros(())
+        prob = jnp.ones(())
         for j, step in enumerate(scan.body.steps):
             inputs = [a.value if isinstance(a, Const) else env[a] for a in step.inputs]
             if j == found.choice:
-                options, log_probs = support(*inputs)
-                outs, log_prob = [lax.stop_gradient(options)[z]], log_probs[z]
+                options, probs = support(*inputs)
+                outs, prob = [lax.stop_gradient(options)[z]], probs[z]
             else:
                 assert isinstance(step, Op)
                 outs = step.run(*inputs)
             env.update(zip(step.outputs, outs, strict=True))
-        return [a.value if isinstance(a, Const) else env[a] for a in scan.body.outputs], log_prob
+        return [a.value if isinstance(a, Const) else env[a] for a in scan.body.outputs], prob
 
     state_axes = [0 if kind == "state" else None for kind in found.carry]
     options = jnp.arange(size)
@@ -175,12 +188,13 @@ def enumerated_scan(
     def step(carry: Any, row: Any) -> Any:
         before, held = carry
         start = [jnp.zeros_like(x) if kind == "sum" else x for x, kind in zip(held, found.carry, strict=True)]
-        each = jax.vmap(jax.vmap(body, (None, None, 0)), (state_axes, None, None))
-        outs, log_prob = each(start, row, options)
-        joint = before[:, None] * jnp.exp(log_prob)
+        each = jax.vmap(jax.vmap(body, (None, None, 0)), (state_axes, None, None), axis_size=size)
+        outs, prob = each(start, row, options)
+        joint = before[:, None] * prob
 
         def mean(x: Any) -> Any:
-            return jnp.tensordot(joint.astype(x.dtype), x, 2)
+            # Whole numbers come here only where nothing uses their mean.
+            return jnp.tensordot(joint.astype(jnp.promote_types(x.dtype, joint.dtype)), x, 2).astype(x.dtype)
 
         after = []
         for x, old, kind, dtype in zip(outs[:c], held, found.carry, types, strict=True):
