@@ -212,9 +212,8 @@ def examples(setting: Setting, params: Params, data: Data) -> list[dict[str, Any
     counts, wanted = np.asarray(data.counts), {0: 1, 1: 2, 2: 3}
     chosen = [int(i) for count, n in wanted.items() for i in np.flatnonzero(counts == count)[:n]]
     n = len(chosen)
-    found = jax.vmap(lambda key, image: describe(params, key, image / 255.0, setting))(
-        jax.random.split(jax.random.key(0), n), data.test[jnp.array(chosen)]
-    )
+    look = jax.jit(jax.vmap(lambda key, image: describe(params, key, image / 255.0, setting)))
+    found = look(jax.random.split(jax.random.key(0), n), data.test[jnp.array(chosen)])
     return [
         {
             "image": np.asarray(data.test[i]).tolist(),

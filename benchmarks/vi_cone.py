@@ -72,7 +72,7 @@ def log_joint(x: jax.Array, y: jax.Array) -> jax.Array:
     return norm.logpdf(x, 0, 10) + norm.logpdf(y, 0, 10) + norm.logpdf(SEEN, r, 0.1 + r / 100)
 
 
-def log_evidence(nodes: int = 4000) -> float:
+def log_evidence(nodes: int = 300) -> float:
     """log p(z = 5): r is exponential with mean 200, and beyond r = 20 the density of z = 5 is below exp(-1000)."""
     t, w = np.polynomial.legendre.leggauss(nodes)
     r, w = 10 * (t + 1), 10 * w

@@ -58,6 +58,15 @@ def no_shape_checks(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(config, "jaxtyping_disable", True)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs_are_dropped():
+    """Each is mapped into memory in several pieces, and a process may have no more than some 65 000 of these."""
+    import jax
+
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="module")
 def quick_compilation():
     """Compile without most optimisations, for modules that compile much and compute little."""

@@ -373,3 +373,39 @@ def test_analytic_kl_says_where_it_does_not_exist(key):
 
     with pytest.raises(NotImplementedError, match="no analytic KL divergence from Laplace to Normal at 'z'"):
         vi.elbo(gaussian, laplace, analytic_kl=True)(key, 0.3, 0.4, X)
+
+
+def test_dreg_weighs_each_particle_by_the_minibatch_of_its_term(key):
+    """The model subsamples a plate that the guide lacks; the gradient in φ is that of the plain bound."""
+    data = jnp.array([-2.0, -0.5, 0.3, 1.0, 2.5, 3.0])
+
+    def model(theta):
+        z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+        with numpyro.plate("n", len(data), subsample_size=2) as i:
+            numpyro.sample("x", dist.Normal(z + theta, 1.5), obs=data[i])
+
+    def guide(phi):
+        numpyro.sample("z", reparam(dist.Normal(phi, 0.7)))
+
+    plain, doubly = (
+        estimates(make(model, guide, 3), jax.random.fold_in(key, k), 0.1, 0.2, n=20_000)[1]
+        for k, make in enumerate((vi.iwelbo, vi.dreg_iwelbo))
+    )
+    for a, b in zip(plain, doubly, strict=True):
+        error = np.sqrt((a.var() + b.var()) / len(a))
+        assert abs(a.mean() - b.mean()) < 5 * error
+
+
+def test_dreg_needs_a_density_that_is_known():
+    def model(theta):
+        numpyro.sample("z", marginal(lambda t: pair(t), ("z",))(theta))
+
+    def pair(t):
+        u = numpyro.sample("u", reinforce(dist.Bernoulli(0.3)))
+        numpyro.sample("z", reparam(dist.Normal(t + u, 1.0)))
+
+    def guide(phi):
+        numpyro.sample("z", reparam(dist.Normal(phi, 0.7)))
+
+    with pytest.raises(TypeError, match="'z' is an estimate"):
+        vi.dreg_iwelbo(model, guide, 3)(jax.random.key(0), 0.1, 0.2)

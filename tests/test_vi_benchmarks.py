@@ -7,6 +7,8 @@ import importlib
 import io
 import itertools
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
+import optax
 import pytest
 import scipy.integrate
 import scipy.ndimage
@@ -34,6 +37,15 @@ def scripts():
 
 def module(name: str):
     return importlib.import_module(name)
+
+
+@pytest.fixture
+def quick_compilation():
+    """Without most optimisations, for a test that compiles much and computes little; others here compute more."""
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 # ---- canvases ----------------------------------------------------------------------------------------------------------
@@ -101,12 +113,16 @@ def test_pasting_agrees_with_scipys_interpolation():
     np.testing.assert_allclose(air.paste(jnp.asarray(window), jnp.array([s, x, y]), size), expected, atol=1e-5)
 
 
+def tiny():
+    return module("air_model").QUICK._replace(
+        canvas=6, window=3, what=2, hidden=4, layer=4, pres=(0.3, 0.2), pres_bias=0.3, noise=1.0
+    )
+
+
 def test_the_programs_gradient_is_that_of_the_sum_by_hand(key, monkeypatch):
     air = module("air_model")
     monkeypatch.setitem(air.METHODS, "mixed", ("mvd", "enum"))
-    setting = air.QUICK._replace(
-        canvas=6, window=3, what=2, hidden=4, layer=4, pres=(0.3, 0.2), pres_bias=0.3, noise=1.0
-    )
+    setting = tiny()
     params = air.init(setting, jax.random.key(0))
     image = jnp.asarray(digits(1, 6)[0], jnp.float32)
     leaves, structure = jax.tree.flatten(params)
@@ -138,13 +154,79 @@ def test_an_unknown_method_is_named():
         air.objective(air.QUICK, "iw3-mvd")
 
 
-def test_air_runs_from_end_to_end(tmp_path):
+def test_air_runs_from_end_to_end(tmp_path, monkeypatch, quick_compilation):
+    monkeypatch.delenv("PROOFSTONE_DATA", raising=False)  # reading MNIST takes seconds
+    monkeypatch.setattr(module("vi_air"), "QUICK", tiny()._replace(digit_sizes=(3, 4)))
     module("vi_air").main(["--quick", "--methods", "mvd", "--seeds", "0", "--steps", "4", "--out", str(tmp_path)])
     result = json.loads((tmp_path / "vi_air.json").read_text())
     (run,) = result["runs"]
     assert (run["method"], run["seed"], [point["step"] for point in run["curve"]]) == ("mvd", 0, [2, 4])
     assert {p.name for p in tmp_path.iterdir()} == {"vi_air.json", "vi_air.png", "vi_air.svg"}
     assert np.isfinite([point[q] for point in run["curve"] for q in ("loss", "elbo")]).all()
+
+
+@pytest.fixture
+def interruptible():
+    """SIGINT as a terminal has it: a job in the background is started with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+class Killed(BaseException):
+    """Ends a run where it is raised, with the files as they are, as SIGKILL does."""
+
+
+def test_a_run_that_was_killed_and_interrupted_ends_as_an_undisturbed_one(tmp_path, interruptible, quick_compilation):
+    air = module("vi_air")
+    setting = tiny()._replace(steps=10, batch=4)
+    images = jnp.asarray(np.random.default_rng(0).integers(256, size=(10, 6, 6)), jnp.uint8)
+    data = air.Data(images, images, jnp.zeros(10, jnp.int32), "noise")
+    loss, optimizer = air.loss_of(setting, "hand"), optax.adam(1e-2)
+
+    def run(folder, event=None, number=0):
+        """Judged every 2 steps; the event comes when it is about to be judged for this time, the step being saved."""
+        calls = itertools.count(1)
+
+        def judged(params, key):
+            if next(calls) == number:
+                event()
+            return jax.random.uniform(key, (7,)) < 0.5, sum(x.sum() for x in jax.tree.leaves(params))
+
+        return air.train(setting, "hand", loss, optimizer, 0, data, judged, 2, tmp_path / folder, Console(quiet=True))
+
+    def kill():
+        raise Killed
+
+    whole, expected = run("whole")
+    with pytest.raises(Killed):
+        run("part", kill, 2)  # step 4 is saved and not judged
+    with pytest.raises(SystemExit, match="interrupted after 8 of 10"):
+        run("part", lambda: os.kill(os.getpid(), signal.SIGINT), 2)  # at step 6, which is held back for a chunk
+    continued, found = run("part")
+
+    def figures(curve):
+        return [[point[name] for name in ("step", "loss", "elbo", "accuracy")] for point in curve]
+
+    assert [point["step"] for point in continued] == [2, 4, 6, 8, 10]
+    assert figures(continued) == figures(whole)  # to the bit
+    assert [point["first"] for point in continued] == [True, True, False, False, True]
+    assert all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True))
+
+
+def test_the_times_of_a_run_leave_out_compilation_wherever_it_was_done():
+    point = {"loss": 0.0, "elbo": 0.0}
+    rows = [(9.0, True, 0.2), (2.0, False, 0.5), (7.0, True, 0.9), (2.2, False, 0.95), (1.8, False, 0.97)]
+    curve = [
+        point | {"step": 10 * n, "chunk_seconds": seconds, "first": first, "accuracy": accuracy}
+        for n, (seconds, first, accuracy) in enumerate(rows, 1)
+    ]
+    right, counts = jnp.array([True, False, True, True]), jnp.array([0, 0, 1, 2])
+    found = module("vi_air").summary("mvd", 0, curve, right, counts)
+    assert [p["seconds"] for p in found["curve"]] == pytest.approx([2.0, 4.0, 6.0, 8.2, 10.0])
+    assert (found["step_seconds"], found["compile_seconds"]) == pytest.approx((0.2, 7.0))
+    assert found["seconds_to_target"] == pytest.approx(6.0)
+    assert (found["accuracy"], found["by_count"]) == (0.75, [0.5, 1.0, 1.0])
 
 
 # ---- noisy cone --------------------------------------------------------------------------------------------------------
@@ -246,7 +328,7 @@ def test_the_interval_of_a_median():
     )  # normal theory: s.d. of a median is 1.2533 σ/√n
 
 
-def test_overhead_runs_from_end_to_end(tmp_path):
+def test_overhead_runs_from_end_to_end(tmp_path, quick_compilation):
     overhead, console = module("vi_overhead"), Console(quiet=True)
     result = {
         "vae": overhead.measure_vae([2], 2, 1, 200, console, ("hand", "vi")),

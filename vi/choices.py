@@ -66,9 +66,8 @@ class DistributionRule:
         d = self.distribution(leaves)
         if strategy == "mvd":
             return families.alternatives(d, lax.stop_gradient(values[0]), key)
-        support, log_probs = families.support(d)
-        probs = jnp.exp(log_probs)
-        return lax.stop_gradient(support), probs - lax.stop_gradient(probs)
+        support, probs = families.support(d)
+        return lax.stop_gradient(support), families.zero_valued(probs, d)
 
     def elements(self, leaves: Values) -> tuple[int, ...]:
         return families.element_shape(self.distribution(leaves))

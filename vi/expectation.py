@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Key
 
 from vi import jaxpr
 from vi.choices import opaque_site, random_key, sample
+from vi.errors import StrategyError
 from vi.planning import Site, plan
 from vi.surrogate import Surrogate, surrogate
 
@@ -34,36 +35,47 @@ class Expectation:
     strategies: Mapping[str, str] = field(default_factory=dict)
     max_worlds: int = MAX_WORLDS
 
-    def __call__(self, key: Key[Array, ""], *args: Any) -> Float[Array, ""]:
-        return self._surrogate(key, *args).value
+    def __call__(self, key: Key[Array, ""], *args: Any, **kwargs: Any) -> Float[Array, ""]:
+        return self._surrogate(key, args, kwargs).value
 
-    def baseline_loss(self, key: Key[Array, ""], *args: Any) -> Float[Array, ""]:
+    def __neg__(self) -> Expectation:
+        """E[-f]: what is maximised as a loss."""
+        return replace(self, f=lambda *args, **kwargs: -self.f(*args, **kwargs))
+
+    def baseline_loss(self, key: Key[Array, ""], *args: Any, **kwargs: Any) -> Float[Array, ""]:
         """Σ (result - b)² over the baselines b of `reinforce` in this run; only b is differentiated.
 
         Added to the loss with the same key, it trains baselines that are computed from parameters; the gradient of the
         expectation itself does not depend on them.
         """
-        return self._surrogate(key, *args).baseline_loss
+        return self._surrogate(key, args, kwargs).baseline_loss
 
-    def _surrogate(self, key: Key[Array, ""], *args: Any) -> Surrogate:
-        program, arrays = self._staged(*args)
-        return surrogate(program, arrays, _typed(key), dict(self.strategies), self.max_worlds)
+    def _surrogate(self, key: Key[Array, ""], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Surrogate:
+        if jaxpr.is_staging():
+            raise StrategyError(
+                "expectation: called inside another expectation, where an estimate would pass for the value in whatever is "
+                "not linear; to average over all draws together call its function, `e.f(...)` without a key"
+            )
+        key = _typed(key)
+        program, arrays = self._staged(args, kwargs)
+        return surrogate(program, arrays, key, dict(self.strategies), self.max_worlds)
 
     def with_strategies(self, strategies: Mapping[str, str]) -> Expectation:
         """The same expectation with other estimators for the choices of these labels (addresses, names)."""
         return replace(self, strategies={**self.strategies, **strategies})
 
-    def sites(self, *args: Any) -> list[Site]:
+    def sites(self, *args: Any, **kwargs: Any) -> list[Site]:
         """The random choices of f at these arguments, in the order of sampling, each with its estimator."""
-        program, _ = self._staged(*args)
+        program, _ = self._staged(args, kwargs)
         return list(plan(program, dict(self.strategies), self.max_worlds).sites.values())
 
-    def _staged(self, *args: Any) -> tuple[jaxpr.Program, list[Any]]:
-        traced, static = eqx.partition(args, _is_traced)
+    def _staged(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[jaxpr.Program, list[Any]]:
+        traced, static = eqx.partition((args, kwargs), _is_traced)
         leaves, structure = jax.tree.flatten(traced)
 
         def flat(*leaves: Any) -> Any:
-            return self.f(*eqx.combine(jax.tree.unflatten(structure, leaves), static))
+            args, kwargs = eqx.combine(jax.tree.unflatten(structure, leaves), static)
+            return self.f(*args, **kwargs)
 
         program, out = jaxpr.stage(flat, *leaves)
         if not (isinstance(out, jax.ShapeDtypeStruct) and out.shape == () and jnp.issubdtype(out.dtype, jnp.floating)):
@@ -107,9 +119,9 @@ def batch(e: Callable[..., Any], in_axes: Any = 0) -> Callable[..., Any]:
     """
 
     def batched(key: Key[Array, ""], *args: Any) -> Any:
-        axes = in_axes if isinstance(in_axes, tuple) else (in_axes,) * len(args)
+        axes = tuple(in_axes) if isinstance(in_axes, tuple | list) else (in_axes,) * len(args)
         traced, static = eqx.partition(args, _is_traced)
-        size = _rows(traced, axes)
+        size = _rows(jax.tree.leaves(traced), _by_leaf(axes, traced), in_axes)
         keys = jax.random.split(_typed(key), size)
         return jax.vmap(lambda k, *a: e(k, *eqx.combine(a, static)), in_axes=(0, *axes))(keys, *traced)
 
@@ -124,13 +136,16 @@ def vmap(f: Callable[..., Any], in_axes: Any = 0, axis_size: int | None = None) 
     """
 
     def mapped(*args: Any) -> Any:
-        axes = in_axes if isinstance(in_axes, tuple) else (in_axes,) * len(args)
-        size = axis_size if axis_size is not None else _rows(args, axes)
-        shared = [None if a is not None else x for x, a in zip(args, axes, strict=True)]
-        rows = [None if a is None else _lanes_first(x, a) for x, a in zip(args, axes, strict=True)]
+        axes = tuple(in_axes) if isinstance(in_axes, tuple | list) else (in_axes,) * len(args)
+        leaves, structure = jax.tree.flatten(args)
+        by_leaf = _by_leaf(axes, args)
+        size = axis_size if axis_size is not None else _rows(leaves, by_leaf, in_axes)
+        rows = [jnp.moveaxis(x, a, 0) for x, a in zip(leaves, by_leaf, strict=True) if a is not None]
 
         def lane(row: Any) -> Any:
-            return f(*(s if a is None else r for s, r, a in zip(shared, row, axes, strict=True)))
+            mine = iter(row)
+            each = [x if a is None else next(mine) for x, a in zip(leaves, by_leaf, strict=True)]
+            return f(*jax.tree.unflatten(structure, each))
 
         return jaxpr.lanes(lane, size, rows)
 
@@ -145,20 +160,22 @@ def continuous(f: Callable[..., Any]) -> Callable[..., Any]:
     return jaxpr.continuous(f)
 
 
-def _lanes_first(x: Any, axis: Any) -> Any:
-    if isinstance(axis, int):
-        return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, axis, 0), x)
-    return jax.tree.map(lambda a, leaf: jnp.moveaxis(leaf, a, 0), axis, x)
+def _by_leaf(axes: tuple[Any, ...], args: tuple[Any, ...]) -> list[int | None]:
+    """The axis of every leaf of the arguments; an axis stands for all that is below it, as in jax.vmap."""
+    if len(axes) != len(args):
+        raise ValueError(f"in_axes: has {len(axes)} entries for {len(args)} arguments")
+
+    def spread(axis: Any, x: Any) -> list[int | None]:
+        tops, structure = jax.tree.flatten(axis, is_leaf=lambda a: a is None)
+        return [a for a, part in zip(tops, structure.flatten_up_to(x), strict=True) for _ in jax.tree.leaves(part)]
+
+    return [a for axis, x in zip(axes, args, strict=True) for a in spread(axis, x)]
 
 
-def _rows(args: Any, axes: tuple[Any, ...]) -> int:
-    sizes = set()
-    for x, axis in zip(args, axes, strict=True):
-        if axis is not None:
-            found = _lanes_first(x, axis)
-            sizes |= {jnp.shape(leaf)[0] for leaf in jax.tree.leaves(found)}
+def _rows(leaves: list[Any], axes: list[int | None], in_axes: Any) -> int:
+    sizes = {jnp.shape(x)[a] for x, a in zip(leaves, axes, strict=True) if a is not None}
     if len(sizes) != 1:
-        raise ValueError(f"in_axes: {axes} gives {sorted(sizes) or 'no'} rows; expected one number of rows")
+        raise ValueError(f"in_axes: {in_axes} gives {sorted(sizes) or 'no'} rows; expected one number of rows")
     return sizes.pop()
 
 
@@ -167,6 +184,11 @@ def _is_traced(leaf: Any) -> bool:
 
 
 def _typed(key: Any) -> jax.Array:
-    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+    dtype = getattr(key, "dtype", None)
+    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
         return key
+    if dtype != jnp.uint32:
+        raise TypeError(
+            f"expectation: the first argument is a key of jax.random, got {type(key).__name__} {dtype or ''}"
+        )
     return jax.random.wrap_key_data(key)

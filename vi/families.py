@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpyro.distributions as dist
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Key, Shaped
 from numpyro.distributions import Distribution, constraints
 from numpyro.distributions.transforms import AffineTransform, ComposeTransform, PowerTransform, Transform
@@ -70,6 +71,7 @@ _NO_CDF_GRADIENT = _named(
 _WRONG_CDF = _named(FoldedDistribution=True)
 
 _LOGITS = _named(BernoulliLogits=True, BinomialLogits=True)
+_PARAMETRIZED_BY_LOGITS = _named(BernoulliLogits=True, CategoricalLogits=True)
 
 _WHY = {
     "reparam": "its draw is not a differentiable function of its parameters",
@@ -155,10 +157,32 @@ def implicit_draw(d: Distribution, key: Key[Array, ""]) -> Float[Array, "*elemen
     core = innermost(d)
     if _samples_implicitly(core):
         return jnp.asarray(_sample(_pathwise(core, "implicit"), d, key))
-    x = draw(d, key)
-    cdf = _guard_children(core, _NO_CDF_GRADIENT, "implicit").cdf(x)
-    density = lax.stop_gradient(jnp.exp(core.log_prob(x)))
-    return x - _zero(cdf) / density
+    return _on_level_set(_guard_children(core, _NO_CDF_GRADIENT, "implicit"), draw(d, key))
+
+
+@jax.custom_jvp
+def _on_level_set(d: Distribution, x: Array) -> Array:
+    """x as the function of the parameters of `d` along which F(x; θ) stays where it is; differentiable again and again."""
+    return x
+
+
+def _on_level_set_jvp(primals: Any, tangents: Any) -> Any:
+    d, x = primals
+    moved = _on_level_set(d, x)
+    leaves, structure = jax.tree.flatten(d)
+    # Some distribution functions have derivatives in a few of their parameters only.
+    given = jax.tree.leaves(tangents[0], is_leaf=lambda t: isinstance(t, SymbolicZero))
+    varied = {k: t for k, t in enumerate(given) if not isinstance(t, SymbolicZero)}
+
+    def cdf(*values: Array) -> Array:
+        new = dict(zip(varied, values, strict=True))
+        return jax.tree.unflatten(structure, [new.get(k, leaf) for k, leaf in enumerate(leaves)]).cdf(moved)
+
+    _, cdf_dot = jax.jvp(cdf, tuple(leaves[k] for k in varied), tuple(varied.values()))
+    return moved, -cdf_dot / jnp.exp(d.log_prob(moved))
+
+
+_on_level_set.defjvp(_on_level_set_jvp, symbolic_zeros=True)
 
 
 def log_prob(d: Distribution, value: Shaped[Array, "*elements_and_event"]) -> Float[Array, "*elements"]:
@@ -183,14 +207,26 @@ def density(d: Distribution, value: Any, *intermediates: Any) -> Array:
 
 
 def support(d: Distribution) -> tuple[Shaped[Array, "K *elements_and_event"], Float[Array, "K *elements"]]:
-    """All values that an element can take, and their log probabilities, for families with a finite support."""
+    """All values that an element can take, and their probabilities, for families with a finite support."""
     require(d, "enum")
     core, elements = innermost(d), element_shape(d)
     listed = _enumerated(core)
     assert listed is not None
     values = listed.reshape((len(listed),) + (1,) * len(elements) + core.event_shape)
     values = jnp.broadcast_to(values, (len(listed), *elements, *core.event_shape))
-    return values, jnp.broadcast_to(_log_prob(core, values), (len(listed), *elements))
+    return values, jnp.broadcast_to(_probability(core, values), (len(listed), *elements))
+
+
+def _probability(core: Any, value: Array) -> Array:
+    """The probability of a value of a discrete family.  At probabilities of 0 and 1 the logarithm, which NumPyro clips, has
+    no derivative, and the probability has."""
+    if type(core) is dist.BernoulliProbs:
+        return jnp.where(value == 1, core.probs, 1 - core.probs)
+    if type(core) is dist.CategoricalProbs:
+        shape = jnp.broadcast_shapes(value.shape, core.batch_shape)
+        probs = jnp.broadcast_to(core.probs, (*shape, core.probs.shape[-1]))
+        return jnp.take_along_axis(probs, jnp.broadcast_to(value, shape)[..., None], -1)[..., 0]
+    return jnp.exp(_log_prob(core, value))
 
 
 def alternatives(
@@ -220,10 +256,23 @@ def _zero(x: Array) -> Array:
     return x - lax.stop_gradient(x)
 
 
+def zero_valued(probability: Array, d: Distribution) -> Array:
+    """Zero, with the gradient of a probability of `d`.
+
+    Infinite logits have no gradient.  It is taken out here, since a result that is infinite at a value that is never drawn
+    would make 0 · ∞ of it.
+    """
+    if type(innermost(d)) not in _PARAMETRIZED_BY_LOGITS:
+        return _zero(probability)
+    certain = (probability == 0) | (probability == 1)
+    return _zero(jnp.where(certain, lax.stop_gradient(probability), probability))
+
+
 def _flip(d: Any, value: Array, key: Array) -> tuple[list[Array], list[Array]]:
     """f(1) - f(0) is the derivative in p, whichever was drawn."""
     probs = jnp.asarray(d.probs)
-    return [1 - value], [jnp.where(value == 1, -1, 1).astype(probs.dtype) * _zero(probs)]
+    sign = jnp.where(value == 1, -1, 1).astype(probs.dtype)
+    return [1 - value], [sign * zero_valued(probs, d)]
 
 
 def _by_support(d: Any, value: Array, key: Array) -> tuple[list[Array], list[Array]]:
@@ -231,7 +280,7 @@ def _by_support(d: Any, value: Array, key: Array) -> tuple[list[Array], list[Arr
     listed = _enumerated(d)
     assert listed is not None
     values = listed.reshape((len(listed),) + (1,) * value.ndim)
-    return list(values), [_zero(jnp.exp(d.log_prob(jnp.broadcast_to(v, value.shape)))) for v in values]
+    return list(values), [zero_valued(_probability(d, jnp.broadcast_to(v, value.shape)), d) for v in values]
 
 
 def _normal(d: Any, value: Array, key: Array) -> tuple[list[Array], list[Array]]:

@@ -104,8 +104,9 @@ def fit(
     params      any pytree.  Its real floating arrays are trained; integer arrays and leaves that are no arrays (functions,
                 strings, Python numbers: the rate of a dropout layer) reach the loss as they are and come back untouched
     optimizer   an optax transformation; its update is also given the value, the gradient and the function of the step
-    steps       how many steps in all, those of a resumed checkpoint included, so that a run can be made longer later
-    data        a tuple of pytrees, which the loss gets one by one, or a single one; all leaves have as many rows.  A
+    steps       how many steps in all, those of a resumed checkpoint included, so that a run can be made longer later (not
+                with `average`, whose start depends on the number)
+    data        a tuple or list of pytrees, which the loss gets one by one, or a single one; all leaves have as many rows.  A
                 minibatch's loss is not scaled: a sum over all data is rows / batch_size times the batch's
     batch_size  rows a step, without replacement: the data is gone through in a fresh random order every epoch, each row
                 exactly once, and a batch may end one epoch and begin the next.  None: all rows at every step
@@ -130,7 +131,9 @@ def fit(
     Raises ValueError for settings out of range, a loss that is no real scalar, a checkpoint that cannot be written or
     belongs to another run, and TypeError if there is nothing to train or a leaf marked as trainable cannot be.
     """
-    batches = () if data is None else jax.tree.map(jnp.asarray, data if isinstance(data, tuple) else (data,))
+    batches = (
+        () if data is None else jax.tree.map(jnp.asarray, tuple(data) if isinstance(data, tuple | list) else (data,))
+    )
     _check(steps=steps, chunk=chunk, average=average, rows=_rows(batches), batch_size=batch_size)
     path = None if checkpoint is None else _writable(Path(checkpoint))
     trained, fixed = eqx.partition(params, _mask(params, trainable))

@@ -224,7 +224,8 @@ class Runner(Messenger):
                 )
             self.plates.setdefault(name, self.given[name])
         if name not in self.plates:
-            self.plates[name] = msg["fn"](size, subsample_size, rng_key=random_key())
+            key = msg["kwargs"].get("rng_key")
+            self.plates[name] = msg["fn"](size, subsample_size, rng_key=random_key() if key is None else key)
         if jnp.shape(self.plates[name]) != (subsample_size,):
             raise AddressError(f"{self.program}: plate '{name}' is used twice with different subsample sizes")
         msg["value"] = self.plates[name]

@@ -109,21 +109,21 @@ def each_alone(value: jax.Array, options: jax.Array, star: Star, event: tuple[in
     return replaced.reshape(star.elements * star.options, *value.shape)
 
 
-def _combinations(support: jax.Array, log_probs: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """All joint values of the elements of a choice, (K^E, elements, event), and their log probabilities, (K^E,)."""
-    k, elements = log_probs.shape[0], log_probs.shape[1:]
+def _combinations(support: jax.Array, probs: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """All joint values of the elements of a choice, (K^E, elements, event), and their probabilities, (K^E,)."""
+    k, elements = probs.shape[0], probs.shape[1:]
     n = math.prod(elements)
-    event = support.shape[log_probs.ndim :]
+    event = support.shape[probs.ndim :]
     digits = (jnp.arange(k**n)[:, None] // k ** jnp.arange(n)[None, :]) % k
     each = jnp.arange(n)[None, :]
     values = support.reshape(k, n, *event)[digits, each].reshape(-1, *elements, *event)
-    return values, log_probs.reshape(k, n)[digits, each].sum(-1)
+    return values, probs.reshape(k, n)[digits, each].prod(-1)
 
 
 def joint_support(step: Choice, *leaves: Any) -> tuple[jax.Array, jax.Array]:
-    """All joint values of the elements and lanes of a choice, and their log probabilities."""
-    values, log_probs = over(step.lanes, lambda *ls: step.rule.support(ls), out_axes=1)(*leaves)
-    return _combinations(values, log_probs)
+    """All joint values of the elements and lanes of a choice, and their probabilities."""
+    values, probs = over(step.lanes, lambda *ls: step.rule.support(ls), out_axes=1)(*leaves)
+    return _combinations(values, probs)
 
 
 def as_array(x: Any) -> jax.Array:

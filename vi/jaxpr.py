@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from vi.errors import StrategyError
 
 CONTINUOUS_MARK = "vi_continuous_"
 _LANES = "vi_lanes"
+_STAGING = ContextVar("staging", default=False)
 _JITS = ("pjit", "jit")
 
 _HOME = str(Path(jax.__file__).parent)  # a function of the user's that has such a name is not trusted for it
@@ -198,17 +200,20 @@ def traced_afresh() -> AbstractContextManager[Any]:
 
 
 def continuous(f: Callable[..., Any]) -> Callable[..., Any]:
-    """`f` under a name that `vi.legality` takes as a promise of continuity."""
+    """`f` under a name that `vi.legality` takes as a promise of continuity, and that tells how many arrays it returns."""
 
-    def marked(*args: Any, **kwargs: Any) -> Any:
-        out = f(*args, **kwargs)
-        for leaf in jax.tree.leaves(out):
-            if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
-                raise StrategyError(f"continuous: the function returns {jnp.result_type(leaf)}; expected real numbers")
-        return out
+    def call(*args: Any, **kwargs: Any) -> Any:
+        def marked(*args: Any, **kwargs: Any) -> Any:
+            return f(*args, **kwargs)
 
-    marked.__name__ = marked.__qualname__ = CONTINUOUS_MARK + getattr(f, "__name__", "function")
-    return jax.jit(marked)
+        out = jax.tree.leaves(jax.eval_shape(f, *args, **kwargs))
+        for leaf in out:
+            if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+                raise StrategyError(f"continuous: the function returns {leaf.dtype}; expected real numbers")
+        marked.__name__ = marked.__qualname__ = f"{CONTINUOUS_MARK}{len(out)}_{getattr(f, '__name__', 'function')}"
+        return jax.jit(marked)(*args, **kwargs)
+
+    return call
 
 
 def lanes(f: Callable[..., Any], length: int, rows: Any) -> Any:
@@ -232,6 +237,11 @@ def lanes(f: Callable[..., Any], length: int, rows: Any) -> Any:
     return jax.tree.unflatten(jax.tree.structure(shape), outs)
 
 
+def is_staging() -> bool:
+    """Whether a program is being staged, so that what runs now is a part of it."""
+    return _STAGING.get()
+
+
 def depends(f: Callable[..., Any], *args: Any) -> bool:
     """Whether an output of `f` depends on the values of its arguments and not on their shapes alone."""
     jaxpr, _ = _open(jax.make_jaxpr(f)(*args))
@@ -247,7 +257,11 @@ def depends(f: Callable[..., Any], *args: Any) -> bool:
 
 def stage(f: Callable[..., Any], *args: Any) -> tuple[Program, Any]:
     """The program of `f`, and the structure of what it returns (jax.ShapeDtypeStruct leaves)."""
-    closed, structure = jax.make_jaxpr(f, return_shape=True)(*args)
+    before = _STAGING.set(True)
+    try:
+        closed, structure = jax.make_jaxpr(f, return_shape=True)(*args)
+    finally:
+        _STAGING.reset(before)
     return _program(*_open(closed)), structure
 
 
@@ -288,11 +302,20 @@ def _source(body: Any) -> str:
     return str(getattr(getattr(_open(body)[0], "debug_info", None), "func_src_info", ""))
 
 
-def _is_continuous(label: str, bodies: Sequence[Any]) -> bool:
-    """Whether an equation calls a function that is listed or marked as continuous."""
-    return label.startswith(CONTINUOUS_MARK) or (
-        label in CONTINUOUS and any(f" at {_HOME}" in _source(b) for b in bodies)
-    )
+def _is_continuous(label: str, bodies: Sequence[Any], outputs: int) -> bool:
+    """Whether an equation calls a function that is listed or marked as continuous, and not its derivative.
+
+    JAX keeps the name when it differentiates a call.  But then the call returns more than the function does: a tangent, or
+    what the derivative needs, comparisons among it.  Those that are listed return one array.  `jit(grad(relu))` is called
+    relu as well, and does more than to call relu.
+    """
+    if label.startswith(CONTINUOUS_MARK):
+        return outputs == int(label.removeprefix(CONTINUOUS_MARK).split("_")[0])
+    if outputs != 1 or label not in CONTINUOUS:
+        return False
+    inside = [[_called(e) for e in _open(b)[0].eqns] for b in bodies]
+    derived = any(label in names and len(names) > 1 for names in inside)
+    return not derived and any(f" at {_HOME}" in _source(b) for b in bodies)
 
 
 def _run(eqn: Any) -> Callable[..., list[Any]]:
@@ -334,7 +357,7 @@ def _program(jaxpr: Any, consts: Sequence[Any]) -> Program:
             bodies = _bodies(eqn)
             label = _called(eqn)
             drawn = eqn.primitive is _choice_p or any(_draws(_open(b)[0]) for b in bodies)
-            known = trusted or _is_continuous(label, bodies)
+            known = trusted or _is_continuous(label, bodies, len(eqn.outvars))
             if name in _JITS:
                 names.update(zip(eqn.outvars, walk(*_open(bodies[0]), inputs, label == _LANES, known), strict=True))
                 continue

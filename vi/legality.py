@@ -10,6 +10,8 @@ Taken to be harmless are comparisons inside the functions listed in `vi.jaxpr.CO
 functions marked with `vi.continuous`; tests for NaN and infinity, which are true with probability zero; and conditions
 of which one outcome is a constant that is infinite or NaN (a density outside its support), as long as what is computed from it
 stays infinite or NaN, since that shows in the result: the exponential of minus infinity is zero and does not.
+
+Not seen are jumps without a comparison: x / |x|, arctan(1 / x), and NaN as a test (isnan(log x) of an x of either sign).
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ Path = tuple[int, ...]
 
 _COMPARISONS = frozenset([
     "eq", "ne", "lt", "le", "gt", "ge", "eq_to", "le_to", "lt_to", "sign", "argmax", "argmin", "reduce_argmax",
-    "nextafter",
+    "nextafter", "atan2",
 ])  # fmt: skip
 _MOVED = frozenset(["broadcast_in_dim", "convert_element_type", "copy", "copy_p", "reshape"])
 # Of infinity they make infinity or NaN.
@@ -46,7 +48,21 @@ _KEEPS_INFINITY = (
     LINEAR
     | _MOVED
     | frozenset(
-        ["add", "add_any", "sub", "mul", "select_n", "abs", "square", "sqrt", "log", "log1p", "cumsum", "dot_general"]
+        [
+            "add",
+            "add_any",
+            "sub",
+            "mul",
+            "select_n",
+            "reduce_precision",
+            "abs",
+            "square",
+            "sqrt",
+            "log",
+            "log1p",
+            "cumsum",
+            "dot_general",
+        ]
     )
 )
 _ROUNDING = frozenset(["floor", "ceil", "round", "rem"])

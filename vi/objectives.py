@@ -23,10 +23,21 @@ from jax.nn import logsumexp
 from jaxtyping import Array, Float
 
 from vi.errors import AddressError
-from vi.expectation import Expectation, expectation, vmap
+from vi.expectation import Expectation, expectation, random_key, vmap
 from vi.families import innermost
+from vi.genjax_programs import is_generative_function
 from vi.inference import bind, importance, marginal, normalize
-from vi.programs import Program, Site, Trace, WeightedProgram, log_density, scale_observations, sim, sites
+from vi.programs import (
+    Program,
+    Site,
+    Trace,
+    WeightedProgram,
+    fix_subsamples,
+    log_density,
+    scale_observations,
+    sim,
+    sites,
+)
 from vi.strategies import reinforce, reparam
 
 
@@ -113,20 +124,23 @@ def dreg_iwelbo(model: Program, guide: Program, n: int, *, scale: Any = 1.0) -> 
     """Maximise the IWELBO, with the doubly reparameterised gradient: Σ_i ŵ_i² ∂ log w_i/∂z_i ∂z_i/∂φ, ŵ = w/Σw.
 
     Unlike the plain gradient's, its signal-to-noise ratio does not vanish as n grows.  Every choice of the guide (a NumPyro
-    program) is reparameterised.  The gradient in θ is that of `iwelbo`.
+    program) is reparameterised.  The gradient in θ is that of `iwelbo`.  The model's density must be known, not estimated
+    (TypeError): the two factors log w_i and ŵ_i are of the same minibatch of a subsampled plate.
     Source: Tucker et al. 2019, "Doubly reparameterized gradient estimators for Monte Carlo objectives".
     """
     model = _scaled(model, scale)
 
-    def log_w(trace: Trace, theta: Any, phi: Any, *data: Any) -> Float[Array, ""]:
-        return log_density(model)(trace, theta, *data) - log_density(guide)(trace, _detach(phi), *data)
+    def log_w(key: Any, trace: Trace, theta: Any, phi: Any, *data: Any) -> Float[Array, ""]:
+        target = model if is_generative_function(model) else fix_subsamples(model, key)
+        return log_density(target)(trace, theta, *data) - log_density(guide)(trace, _detach(phi), *data)
 
     def value(theta: Any, phi: Any, *data: Any) -> Float[Array, ""]:
         traces = vmap(lambda: sim(guide, strategy=reparam)(phi, *data)[0], axis_size=n)()
-        weights = jax.nn.softmax(jax.vmap(lambda t: log_w(t, theta, phi, *data))(_detach(traces)))
+        keys = jax.random.split(random_key(), n)
+        weights = jax.nn.softmax(jax.vmap(lambda k, t: log_w(k, t, theta, phi, *data))(keys, _detach(traces)))
         # Same values, but what flows back through particle i is multiplied by its weight once more.
         traces = jax.tree.map(lambda z: _scale_gradient(z, lax.stop_gradient(weights)), traces)
-        return _log_mean_exp(jax.vmap(lambda t: log_w(t, theta, phi, *data))(traces))
+        return _log_mean_exp(jax.vmap(lambda k, t: log_w(k, t, theta, phi, *data))(keys, traces))
 
     _check_n("dreg_iwelbo", n, 1)
     return expectation(value)
@@ -137,6 +151,7 @@ def wake_theta(model: Program, guide: Program, n: int, *, scale: Any = 1.0) -> E
 
     Reweighted wake-sleep (Bornschein and Bengio 2015).  The sampler is held fixed: its arguments are not differentiated.
     """
+    _check_n("wake_theta", n, 1)
     model = _scaled(model, scale)
 
     def value(theta: Any, phi: Any, *data: Any) -> Float[Array, ""]:
@@ -153,6 +168,7 @@ def wake_phi(model: Program, guide: Program, n: int, *, scale: Any = 1.0) -> Exp
     Up to a constant the forward divergence KL(p(·|x) ‖ q) as n → ∞; its gradient is biased by O(1/n), and zero for n = 1.
     Reweighted wake-sleep (Bornschein and Bengio 2015).
     """
+    _check_n("wake_phi", n, 1)
     model = _scaled(model, scale)
 
     def value(theta: Any, phi: Any, *data: Any) -> Float[Array, ""]:
@@ -187,6 +203,7 @@ def forward_kl(model: Program, guide: Program, n: int, *, scale: Any = 1.0) -> E
 
     z and log p(z|x) come from `normalize` with n particles of q, held fixed in φ; exact as n → ∞.
     """
+    _check_n("forward_kl", n, 1)
     model = _scaled(model, scale)
 
     def value(theta: Any, phi: Any, *data: Any) -> Float[Array, ""]:
@@ -199,6 +216,7 @@ def forward_kl(model: Program, guide: Program, n: int, *, scale: Any = 1.0) -> E
 
 def symmetric_kl(model: Program, guide: Program, n: int, *, scale: Any = 1.0) -> Expectation:
     """Minimise KL(q ‖ p(·|x)) + KL(p(·|x) ‖ q), in which log p(x) cancels; the second expectation as in `forward_kl`."""
+    _check_n("symmetric_kl", n, 1)
     model = _scaled(model, scale)
 
     def value(theta: Any, phi: Any, *data: Any) -> Float[Array, ""]:

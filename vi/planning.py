@@ -212,7 +212,12 @@ def _counts(f: _Found, strategy: str) -> tuple[int, int]:
 
 def _lane(f: _Found) -> _Lane:
     label = f.step.rule.label
-    if f.lane is None or f.step.lanes:
+    if f.lane is not None and f.step.lanes:
+        raise StrategyError(
+            f"{label}: baseline leave_one_out has a jax.vmap around its vi.vmap; use vi.vmap for both, or map the whole "
+            "expectation with vi.batch"
+        )
+    if f.lane is None:
         raise StrategyError(f"{label}: baseline leave_one_out compares the lanes of vi.vmap; it is in none")
     if f.lane.length < 2:
         raise StrategyError(f"{label}: baseline leave_one_out needs at least 2 lanes, found {f.lane.length}")

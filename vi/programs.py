@@ -15,7 +15,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxtyping import Array, Float
+import numpyro.handlers
+from jaxtyping import Array, Float, Key
 from numpyro.primitives import Messenger
 
 from vi import genjax_programs
@@ -129,6 +130,21 @@ def scale_observations(program: Program, scale: Any) -> Program:
     return scaled
 
 
+def fix_subsamples(program: Program, key: Key[Array, ""]) -> Program:
+    """The NumPyro program with the subsamples of its plates drawn by this key: the same in every evaluation of its density.
+
+    Raises TypeError if the density at a site is an estimate, which would still be another one in every evaluation.
+    """
+
+    def fixed(*args: Any, **kwargs: Any) -> Any:
+        with _FixSubsamples(rng_seed=key):
+            return program(*args, **kwargs)
+
+    _check_numpyro("fix_subsamples", program)
+    fixed.__name__ = _name(program)
+    return fixed
+
+
 # ---- running a NumPyro program -----------------------------------------------------------------------------------------
 
 
@@ -168,6 +184,13 @@ class _ScaleObservations(Messenger):
     def process_message(self, msg: dict[str, Any]) -> None:
         if msg["type"] == "sample" and msg["is_observed"]:
             msg["scale"] = self.scale if msg["scale"] is None else self.scale * msg["scale"]
+
+
+class _FixSubsamples(numpyro.handlers.seed):
+    def process_message(self, msg: dict[str, Any]) -> None:
+        if msg["type"] == "sample" and isinstance(msg["fn"], WeightedSite):
+            raise TypeError(f"the density at '{msg['name']}' is an estimate; expected densities that are known")
+        super().process_message(msg)
 
 
 def _name(program: Any) -> str:

@@ -216,11 +216,11 @@ class _Run(Inner):
 
     def enumerated(self, step: Choice, inputs: list[World], i: int) -> tuple[list[World], Factor]:
         support = partial(joint_support, step)
-        (values, log_probs), others, axes, reach = self.lift(lambda _, *leaves: support(*leaves), inputs)
-        self.sizes[i] = log_probs.shape[-1]
+        (values, probabilities), others, axes, reach = self.lift(lambda _, *leaves: support(*leaves), inputs)
+        self.sizes[i] = probabilities.shape[-1]
         if math.prod(self.sizes[a] for a in (*axes, i)) > self.max_worlds:
             raise TooManyWorlds(frozenset((*axes, i)))
-        probs = World(jnp.exp(log_probs), (*axes, i), None if others is None else jnp.exp(others[1]), reach)
+        probs = World(probabilities, (*axes, i), None if others is None else others[1], reach)
         # Values that do not depend on the parameters are the same on all other axes, and need none of them.
         first = [w.value[(0,) * len(w.axes)] for w in inputs]
         if not depends(lambda *leaves: support(*leaves)[0], *first):

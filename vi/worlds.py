@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from vi.chains import LINEAR
+from vi.chains import LINEAR, keeps_floats
 from vi.errors import StrategyError
 from vi.jaxpr import Op
 from vi.planning import Star
@@ -69,16 +69,17 @@ def _aligned(x: Any, axes: tuple[int, ...], union: tuple[int, ...], lead: int = 
     return jnp.reshape(x, shape)
 
 
+def _other(w: World, union: tuple[int, ...]) -> Any:
+    """The value in the alternative worlds, which are the first axis; of length one if it is the same in all."""
+    return _aligned(sg(w.value), w.axes, union)[None] if w.others is None else _aligned(w.others, w.axes, union, 1)
+
+
 def _plus(a: World, b: World) -> World:
     union = tuple(sorted({*a.axes, *b.axes}))
     value = _aligned(a.value, a.axes, union) + _aligned(b.value, b.axes, union)
     others = None
     if a.others is not None or b.others is not None:
-        x, y = (
-            _aligned(sg(w.value), w.axes, union)[None] if w.others is None else _aligned(w.others, w.axes, union, 1)
-            for w in (a, b)
-        )
-        others = x + y
+        others = _other(a, union) + _other(b, union)
     return World(value, union, others, a.reach | b.reach)
 
 
@@ -129,10 +130,12 @@ def _term(x: Any, lead: int, shape: tuple[int, ...], dtype: Any, sign: int) -> A
 
 def linear(step: Op, inputs: list[tuple[World, ...]]) -> list[list[World]] | None:
     """The inputs of each term of the result, if the op is linear in the one input that is a sum; None if it is not."""
-    if len(inputs) == 1 and (step.name in LINEAR or _keeps_floats(step, inputs[0][0])):
+    if len(inputs) == 1 and (step.name in LINEAR or keeps_floats(step, [inputs[0][0].value])):
         return [[t] for t in inputs[0]]
     if step.name in ("mul", "div") and len(inputs) == 2:
         a, b = inputs
+        if step.name == "div" and not jnp.issubdtype(jnp.result_type(a[0].value), jnp.inexact):
+            return None  # it rounds
         if len(b) == 1 and b[0].is_plain:
             return [[t, b[0]] for t in a]
         if step.name == "mul" and len(a) == 1 and a[0].is_plain:
@@ -140,29 +143,24 @@ def linear(step: Op, inputs: list[tuple[World, ...]]) -> list[list[World]] | Non
     return None
 
 
-def _keeps_floats(step: Op, w: World) -> bool:
-    """A cast from float to float."""
-    if step.name != "convert_element_type":
-        return False
-    return bool(jnp.issubdtype(step.params["new_dtype"], jnp.inexact) and jnp.issubdtype(w.value.dtype, jnp.inexact))
-
-
 def _alike(a: World, b: World) -> bool:
     return a.axes == b.axes and a.reach == b.reach and (a.others is None) == (b.others is None)
+
+
+def _mean(x: Any, probs: Any, axis: int) -> Any:
+    """Σ p x over the axis; what is infinite or NaN where p is zero does not count."""
+    never = (probs == 0) & ~jnp.isfinite(x)
+    return (jnp.where(never, 0.0, x) * probs).sum(axis)
 
 
 def expected(t: World, probs: World, i: int) -> World:
     """Σ over the values of choice i of p t."""
     union = tuple(sorted({*t.axes, *probs.axes}))
     at = union.index(i)
-    value = (_aligned(t.value, t.axes, union) * _aligned(probs.value, probs.axes, union)).sum(at)
+    value = _mean(_aligned(t.value, t.axes, union), _aligned(probs.value, probs.axes, union), at)
     others = None
     if t.others is not None or probs.others is not None:
-        x, p = (
-            _aligned(sg(w.value), w.axes, union)[None] if w.others is None else _aligned(w.others, w.axes, union, 1)
-            for w in (t, probs)
-        )
-        others = sg((x * p).sum(1 + at))
+        others = sg(_mean(_other(t, union), _other(probs, union), 1 + at))
     return World(value, union[:at] + union[at + 1 :], others, t.reach | probs.reach)
 
 
@@ -214,14 +212,15 @@ def squared_error(y: World, moments: World) -> World:
 
 @jax.custom_jvp
 def _once(w: jax.Array, gain: jax.Array) -> jax.Array:
-    """gain · w, which can be differentiated once: what would be missing after that is the derivative of the gain."""
-    return gain * w
+    """gain · w for a w of value zero, which can be differentiated once: what would be missing after that is the derivative
+    of the gain.  The value is zero whatever the gain, which may be infinite in a world that is never drawn."""
+    return jnp.zeros_like(w)
 
 
 @_once.defjvp
 def _once_jvp(primals: Any, tangents: Any) -> Any:
     (w, gain), (w_dot, _) = primals, tangents
-    return gain * w, gain * _final(w) * w_dot
+    return jnp.zeros_like(w), gain * _final(w) * w_dot
 
 
 @jax.custom_jvp
