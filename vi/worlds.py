@@ -191,13 +191,14 @@ def weighed(t: World, factors: Sequence[Factor]) -> World:
     total = value
     for axes, group in groups.items():
         group.sort(key=lambda part: part[0].offset)
-        w = jnp.moveaxis(jnp.concatenate([w.value for _, w in group], axis=-1), -1, 0)
-        w = _aligned(w, axes, union, 1).astype(value.dtype)
+        weights = jnp.moveaxis(jnp.concatenate([w.value for _, w in group], axis=-1), -1, 0)
+        weights = _aligned(weights, axes, union, 1).astype(value.dtype)
         numbers = np.concatenate([np.arange(star.offset, star.offset + star.worlds) for star, _ in group])
         first, last = numbers[0], numbers[-1] + 1
         gain = others[first:last] if last - first == len(numbers) else others[numbers]
         gain = gain - value[None]
-        total = total + _once(w, jnp.broadcast_to(sg(gain), jnp.broadcast_shapes(gain.shape, w.shape))).sum(0)
+        gain = jnp.broadcast_to(sg(gain), jnp.broadcast_shapes(gain.shape, weights.shape))
+        total = total + _once(weights, gain).sum(0)
     return World(total, union, others, reach)
 
 
