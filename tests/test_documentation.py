@@ -32,6 +32,14 @@ def test_readme_and_guide_examples_of_vi() -> None:
     assert {e.strategy for e in names["report"].estimates if e.agrees} >= {"reparam", "reinforce"}
 
 
+def test_readme_and_guide_examples_of_poisson_problems() -> None:
+    for page in ("README.md", "docs/poisson.md"):
+        names: dict = {}
+        for example in [e for e in examples(page) if "poisson." in e]:
+            exec(compile(example, page, "exec"), names)
+        assert bool(names["info"].converged) and int(names["info"].steps) <= 8, page
+
+
 def test_guide_example_is_a_claim_that_holds() -> None:
     (example,) = [e for e in examples("docs/adding_a_paper.md") if "@claim" in e]
     names: dict = {}

@@ -1,0 +1,717 @@
+"""A Deep Conjugate Direction Method for Iteratively Solving Linear Systems (Kaneda, Akar, Chen, Trevino Kala, Hyde, Teran;
+ICML 2023, arXiv 2205.10763): the outer iteration, for any positive semi-definite operator and any direction.
+
+    d_k = f(r_k/‖r_k‖)                                                  the direction, a network or any other function
+    p_k = d_k - Σ_j (d_kᵀA p_j / p_jᵀA p_j) p_j,  j = k-1, ..., k-m      A-orthogonal to the last m directions: `_conjugate`
+    x_{k+1} = x_k + α_k p_k,  α_k = p_kᵀr_k / p_kᵀA p_k                  exact line search: `_step`
+
+This is flexible conjugate gradients FCG(m) (Notay 2000).  The energy norm of the error never grows, whatever f does; it is
+conjugate gradients for f(r) = r and preconditioned conjugate gradients for f(r) = Mr with M symmetric positive definite,
+m >= 1.  How fast it is depends on f alone, which is what `fallback` is for.
+
+Three things differ from the paper.  The paper orthogonalises once by classical Gram-Schmidt, here it is modified
+Gram-Schmidt, `passes` times.  The paper recomputes r = b - Ax after each step at the price of a second product with A
+(`recompute_every=1`); here the residual follows the recursion in between and is recomputed before anything is called
+converged.  And what can go wrong (`Status`) is looked for.
+
+An operator, a direction or a preconditioner is a function v -> Av on arrays of one shape (a grid, say), a callable pytree
+such as an equinox module, a dense (n, n) array, a SciPy sparse matrix or a lineax operator.
+"""
+
+import enum
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.sparse
+from jax.tree_util import Partial
+from jaxtyping import Array, ArrayLike, Bool, DTypeLike, Float, Int
+
+HIGHEST = jax.lax.Precision.HIGHEST  # TF32 products on a GPU would break conjugacy at the third digit
+ROUNDINGS = 4
+"""What is below so many units of rounding of its natural size counts as zero; the least `rtol` is as many."""
+UNROLLED = 4
+"""Up to so many directions are projected out by straight code, which has a derivative in reverse mode."""
+
+Operator = Callable[[Array], Array]
+
+
+class Status(enum.IntEnum):
+    """How a run ended.  `message` says it in words."""
+
+    CONVERGED = 0
+    MAX_STEPS = 1
+    STAGNATED = 2
+    NOT_POSITIVE_DEFINITE = 3
+    INCONSISTENT = 4
+    NOT_FINITE = 5
+    PRECISION = 6
+
+    @property
+    def message(self) -> str:
+        return _MESSAGES[self]
+
+
+_RUNNING = -1
+_MESSAGES = {
+    Status.CONVERGED: "the recomputed residual is below the tolerance",
+    Status.MAX_STEPS: "max_steps were taken; take more, or a better direction or preconditioner",
+    Status.STAGNATED: "the direction is orthogonal to the residual or lies in the span of the last directions, so that no "
+    "step along it helps; use another direction, or fallback='residual'",
+    Status.NOT_POSITIVE_DEFINITE: "negative curvature, pᵀAp < 0: A is not positive semi-definite; for -A with b solve "
+    "with the sign of both turned",
+    Status.INCONSISTENT: "Ap = 0 along a direction p with pᵀr ≠ 0: A is singular and b has a part outside its range; take "
+    "that part (for a Poisson problem without open boundary: the mean) out of b",
+    Status.NOT_FINITE: "the direction or the operator returned NaN or infinity",
+    Status.PRECISION: "the true residual does not fall any more although the recursion does: rounding; ask for a larger "
+    "rtol, or compute in 64 bits",
+}
+
+
+class Info(NamedTuple):
+    """Diagnostics of a run, arrays only; norms are Euclidean and relative to ‖b‖ (absolute if b is zero).
+
+    steps           steps taken, those of the fallback included
+    status          a `Status`
+    residuals       residual norm before the first and after every step; NaN after the last
+    residual        of the answer, recomputed; its dtype says in which precision
+    converged       whether that is below max(rtol, atol/‖b‖)
+    fallback_steps  how many of the steps were the fallback's
+    """
+
+    steps: Int[Array | np.ndarray, "..."]
+    status: Int[Array | np.ndarray, "..."]
+    residuals: Float[Array | np.ndarray, "... steps+1"]
+    residual: Float[Array | np.ndarray, "..."]
+    converged: Bool[Array | np.ndarray, "..."]
+    fallback_steps: Int[Array | np.ndarray, "..."]
+
+
+def residual(r: Array) -> Array:
+    """The direction that makes the method conjugate gradients: the residual itself."""
+    return r
+
+
+def solve(
+    A: Any,
+    b: Float[ArrayLike, "*shape"],
+    *,
+    direction: Any = residual,
+    memory: int | None = 2,
+    x0: Float[ArrayLike, "*shape"] | None = None,
+    rtol: float = 1e-6,
+    atol: float = 0.0,
+    max_steps: int = 1000,
+    fallback: Any = None,
+    passes: int = 1,
+    normalize: bool = True,
+    direction_dtype: DTypeLike | None = None,
+    recompute_every: int = 50,
+    patience: int = 16,
+    throw: bool = False,
+) -> tuple[Float[Array, "*shape"], Info]:
+    """Solve Ax = b for a symmetric positive (semi-)definite A along the given directions, until ‖b - Ax‖ <=
+    max(rtol ‖b‖, atol).
+
+    direction        r -> d, any function; network weights and the like get no gradient.  Default: conjugate gradients
+    memory           how many previous directions a new one is made A-orthogonal to; None: all, max_steps arrays
+    fallback         "residual" or a fixed symmetric positive definite preconditioner.  It takes over at once when the
+                     direction fails.  Otherwise, after `patience` steps of the direction, as many of (preconditioned)
+                     conjugate gradients follow from there, and stay if they reduce the residual as fast per step; else
+                     the direction has twice as many steps as before, and so on.
+    passes           how often to orthogonalise; two keep all of many directions A-orthogonal
+    normalize        give r/‖r‖ to the direction (the paper), not r
+    direction_dtype  floating dtype in which the direction works, such as bfloat16; the rest keeps its own
+    recompute_every  steps between two residuals computed afresh; 1 is the paper
+
+    The dtype is that of the inputs.  Of the dense and sparse matrices the final residual is computed in float64 even if JAX
+    has only 32 bits, on the host, unless under a transformation; functions are applied in the dtype of x.
+
+    For many right-hand sides use jax.vmap; jax.jit works.  Derivatives with respect to b and to the arrays in A, forward
+    and backward, are those of A⁻¹b, by a second run of this method; NaN if that run fails.  Compiled once per shape and per
+    function object, so give the same function and no new lambda.
+
+    Raises ValueError for wrong shapes, b that is not finite, an explicit A that is not symmetric or plainly not positive
+    semi-definite, and tolerances out of reach of the dtype; TypeError for what is no operator; with `throw`, RuntimeError
+    if the run did not converge (not under jit or vmap, where only the status tells).
+    """
+    system = _checked("solve", A, b, x0, rtol, atol, max_steps)
+    for name, value, least in (
+        ("passes", passes, 1),
+        ("recompute_every", recompute_every, 1),
+        ("patience", patience, 1),
+    ):
+        _at_least("solve", name, value, least)
+    if memory is not None:
+        _at_least("solve", "memory", memory, 0)
+    if isinstance(fallback, str) and fallback != "residual":
+        raise ValueError(f"solve: fallback is {fallback!r}, expected 'residual' or a preconditioner")
+    low = None if direction_dtype is None else jnp.dtype(direction_dtype)
+    if low is not None and not jnp.issubdtype(low, jnp.floating):
+        raise ValueError(f"solve: direction_dtype is {low}, expected a floating dtype such as bfloat16")
+    plan = _Plan(
+        "gram-schmidt",
+        max_steps if memory is None else min(memory, max_steps),
+        max_steps,
+        passes,
+        normalize,
+        recompute_every,
+        patience,
+        None if low is None else low.name,
+    )
+    d, _ = _operator("solve", "direction", direction, system.b)
+    m, _ = (
+        (None, None)
+        if fallback is None
+        else _operator("solve", "fallback", residual if isinstance(fallback, str) else fallback, system.b)
+    )
+    return _finish(
+        system, *_compiled(system.operator, system.b, system.x0, d, m, system.rtol, system.atol, plan), throw
+    )
+
+
+def conjugate_gradient(
+    A: Any,
+    b: Float[ArrayLike, "*shape"],
+    M: Any = None,
+    *,
+    x0: Float[ArrayLike, "*shape"] | None = None,
+    rtol: float = 1e-6,
+    atol: float = 0.0,
+    max_steps: int = 1000,
+    recompute_every: int = 50,
+    check: bool = True,
+    throw: bool = False,
+) -> tuple[Float[Array, "*shape"], Info]:
+    """Preconditioned conjugate gradients (Hestenes and Stiefel 1952, Fletcher-Reeves β), everything else as in `solve`.
+
+    M is a linear symmetric positive definite approximation of A⁻¹.  With any other the two-term recursion loses more than
+    `solve(..., direction=M, memory=0)` gains, so `check` tries linearity and symmetry on two vectors (three applications,
+    not under a transformation) and raises ValueError; for such M use `solve`.
+    """
+    system = _checked("conjugate_gradient", A, b, x0, rtol, atol, max_steps)
+    _at_least("conjugate_gradient", "recompute_every", recompute_every, 1)
+    m, _ = _operator("conjugate_gradient", "M", residual if M is None else M, system.b)
+    if check and M is not None and not isinstance(system.b, jax.core.Tracer):
+        _check_linear(m, system.b)
+    plan = _Plan("fletcher-reeves", 0, max_steps, 1, False, recompute_every, 1, None)
+    return _finish(
+        system, *_compiled(system.operator, system.b, system.x0, m, None, system.rtol, system.atol, plan), throw
+    )
+
+
+class Iterates(NamedTuple):
+    """x_0, ..., x_K and the directions p_0, ..., p_{K-1} of K steps; after a failed step x stays and p is zero."""
+
+    x: Float[Array, "steps+1 *shape"]
+    p: Float[Array, "steps *shape"]
+    status: Int[Array, ""]
+
+
+def iterates(
+    A: Any,
+    b: Float[ArrayLike, "*shape"],
+    steps: int,
+    *,
+    direction: Any = residual,
+    memory: int | None = 2,
+    x0: Float[ArrayLike, "*shape"] | None = None,
+    passes: int = 1,
+    normalize: bool = True,
+) -> Iterates:
+    """The first `steps` iterates of `solve`, kept, without a stopping rule: to look at, or to train a direction through.
+
+    Arguments as for `solve`.  Unlike there, the derivative is that of the steps themselves, in everything, the weights of
+    the direction included; in reverse mode for memory <= 4.  `status` is that of a failed step, else MAX_STEPS.
+    """
+    system = _checked("iterates", A, b, x0, 1.0, 0.0, steps)
+    d, _ = _operator("iterates", "direction", direction, system.b)
+    kept = steps if memory is None else min(memory, steps)
+    plan = _Plan("gram-schmidt", kept, steps, passes, normalize, steps, 1, None)
+    return _kept(system.operator, system.b, system.x0, d, plan)
+
+
+@eqx.filter_jit
+def _kept(operator: Operator, b: Array, x0: Array | None, direction: Operator, plan: "_Plan") -> Iterates:
+    start = _start(operator, b, x0, plan)
+
+    def step(carry: tuple[_State, _Memory], _: None) -> tuple[tuple[_State, _Memory], tuple[Array, Array]]:
+        s, memory = carry
+        new, after, p = _step(s, memory, operator, _unit(direction, plan), plan)
+        new = jax.tree.map(lambda a, b: jnp.where(s.status == _RUNNING, a, b), new, s)
+        return (new, after), (new.x, jnp.where(new.steps > s.steps, p, 0))
+
+    (end, _), (x, p) = jax.lax.scan(step, (start, _empty(b, plan)), length=plan.max_steps)
+    status = jnp.where(end.status == _RUNNING, Status.MAX_STEPS, end.status).astype(jnp.int32)
+    return Iterates(jnp.concatenate([start.x[None], x]), p, status)
+
+
+# ---------------------------------------------------------------------------------------------- the iteration
+
+
+class _Plan(NamedTuple):
+    """What is fixed at compile time."""
+
+    scheme: Literal["gram-schmidt", "fletcher-reeves"]
+    memory: int
+    max_steps: int
+    passes: int
+    normalize: bool
+    recompute_every: int
+    patience: int
+    low: str | None
+
+
+class _State(NamedTuple):
+    x: Array
+    r: Array
+    norm: Array  # ‖r‖
+    exact: Array  # ‖r‖ when it was last computed afresh
+    top: Array  # largest ‖Ap‖/‖p‖ seen, the scale of A
+    residuals: Array
+    steps: Array
+    status: Array
+
+
+class _Memory(NamedTuple):
+    """The last directions in a ring, with their images and pᵀAp; for Fletcher-Reeves one, its image unused, and rᵀz."""
+
+    stored: Array
+    p: Array
+    image: Array
+    curvature: Array
+
+
+def _conjugate(d: Array, r: Array, memory: _Memory, plan: _Plan) -> Array:
+    """`d` made A-orthogonal to the directions in memory."""
+    if plan.scheme == "fletcher-reeves":
+        return d + _dot(r, d) / memory.curvature[0] * memory.p[0]
+    if plan.memory == 0:
+        return d
+
+    def project(i: Array, q: Array) -> Array:
+        j = (memory.stored - 1 - i) % plan.memory
+        return q - _dot(memory.image[j], q) / memory.curvature[j] * memory.p[j]
+
+    for _ in range(plan.passes):
+        if plan.memory <= UNROLLED:  # what is still empty is zero and projects nothing out
+            for i in range(plan.memory):
+                d = project(jnp.int32(i), d)
+        else:
+            d = jax.lax.fori_loop(0, jnp.minimum(memory.stored, plan.memory), project, d)
+    return d
+
+
+def _remember(memory: _Memory, p: Array, image: Array, curvature: Array, slope: Array, plan: _Plan) -> _Memory:
+    if plan.scheme == "fletcher-reeves":
+        return _Memory(memory.stored + 1, p[None], memory.image, slope[None])  # pᵀr = rᵀz
+    if plan.memory == 0:
+        return memory
+    j = memory.stored % plan.memory
+    return _Memory(
+        memory.stored + 1, memory.p.at[j].set(p), memory.image.at[j].set(image), memory.curvature.at[j].set(curvature)
+    )
+
+
+def _empty(b: Array, plan: _Plan) -> _Memory:
+    if plan.scheme == "fletcher-reeves":
+        # An infinite rᵀz makes the first β zero.
+        return _Memory(
+            jnp.int32(0), jnp.zeros((1, *b.shape), b.dtype), jnp.zeros((0,), b.dtype), jnp.full(1, jnp.inf, b.dtype)
+        )
+    kept = jnp.zeros((plan.memory, *b.shape), b.dtype)
+    return _Memory(jnp.int32(0), kept, kept, jnp.ones(plan.memory, b.dtype))
+
+
+def _step(
+    s: _State, memory: _Memory, operator: Operator, direction: Operator, plan: _Plan
+) -> tuple[_State, _Memory, Array]:
+    """One step of the paper, or the reason why there is none; also the direction p."""
+    zero = ROUNDINGS * jnp.finfo(s.x.dtype).eps
+    d = direction(s.r)
+    q = _conjugate(d, s.r, memory, plan)
+    image = operator(q)
+    curvature, slope, size = _dot(q, image), _dot(q, s.r), _norm(q)
+    top = jnp.maximum(s.top, _norm(image) / jnp.where(size > 0, size, 1))
+    flat = zero * top * size**2
+    status = jnp.select(
+        [
+            ~jnp.isfinite(curvature) | ~jnp.isfinite(slope),
+            curvature < -flat,
+            (size <= zero * _norm(d)) | (jnp.abs(slope) <= zero * size * s.norm),
+            curvature <= flat,
+        ],
+        [Status.NOT_FINITE, Status.NOT_POSITIVE_DEFINITE, Status.STAGNATED, Status.INCONSISTENT],
+        _RUNNING,
+    ).astype(jnp.int32)
+    go = status == _RUNNING
+    alpha = jnp.where(go, slope / jnp.where(go, curvature, 1), 0)
+    x, r = (jnp.where(go, new, old) for new, old in ((s.x + alpha * q, s.x), (s.r - alpha * image, s.r)))
+    steps, norm = s.steps + go, _norm(r)
+    s = _State(x, r, norm, s.exact, jnp.where(go, top, s.top), s.residuals.at[steps].set(norm), steps, status)
+    return s, _remember(memory, q, image, curvature, slope, plan), q
+
+
+def _start(operator: Operator, b: Array, x0: Array | None, plan: _Plan) -> _State:
+    x = jnp.zeros_like(b) if x0 is None else jnp.where(jnp.any(b != 0), x0, 0)  # the solution of Ax = 0 is zero
+    r = b if x0 is None else b - operator(x)
+    norm = _norm(r)
+    top = _norm(operator(r)) / jnp.where(norm > 0, norm, 1)
+    residuals = jnp.full(plan.max_steps + 1, jnp.nan, b.dtype).at[0].set(norm)
+    return _State(x, r, norm, norm, top, residuals, jnp.int32(0), jnp.int32(_RUNNING))
+
+
+def _iterate(
+    operator: Operator,
+    b: Array,
+    x0: Array | None,
+    direction: Operator,
+    fallback: Operator | None,
+    rtol: Array,
+    atol: Array,
+    plan: _Plan,
+) -> tuple[Array, Info]:
+    """The whole run.  b is scaled to entries of at most one, so that no norm can overflow or vanish."""
+    scale = jnp.max(jnp.abs(b), initial=0)
+    scale = jnp.where((scale > 0) & jnp.isfinite(scale), scale, 1)
+    b, atol = b / scale, atol / scale
+    size = _norm(b)
+    unit = jnp.where(size > 0, size, 1)
+    target = jnp.maximum(rtol * size, atol)
+    start = _start(operator, b, None if x0 is None else x0 / scale, plan)
+    status = jnp.where(start.norm <= target, Status.CONVERGED, _RUNNING)
+    start = start._replace(status=jnp.where(jnp.isfinite(start.norm), status, Status.NOT_FINITE).astype(jnp.int32))
+
+    def afresh(s: _State) -> _State:
+        """The state with its residual recomputed, and with the verdict that only this permits."""
+        r = b - operator(s.x)
+        norm, drift = _norm(r), _norm(r - s.r)
+        # Rounding has taken over when the two residuals have little in common and the true one has ceased to fall.
+        floor = (drift > 0.5 * norm) & (norm > 0.5 * s.exact) & (s.status == _RUNNING)
+        status = jnp.where(norm <= target, Status.CONVERGED, jnp.where(floor, Status.PRECISION, s.status))
+        status = jnp.where(jnp.isfinite(norm), status, Status.NOT_FINITE).astype(jnp.int32)
+        return s._replace(r=r, norm=norm, exact=norm, status=status, residuals=s.residuals.at[s.steps].set(norm))
+
+    def run(
+        s: _State, f: Operator, plan: _Plan, goal: Array, extended: Callable[[_State], Array] | None = None
+    ) -> _State:
+        """Steps along f until `goal`, which `extended` may move once it is reached."""
+
+        def sweep(carry: tuple[_State, _Memory, Array]) -> tuple[_State, _Memory, Array]:
+            s, memory, goal = carry
+            until = jnp.minimum(goal, s.steps + plan.recompute_every)
+
+            def more(c: tuple[_State, _Memory]) -> Array:
+                return (c[0].status == _RUNNING) & (c[0].steps < until) & (c[0].norm > target)
+
+            s, memory = jax.lax.while_loop(more, lambda c: _step(*c, operator, f, plan)[:2], (s, memory))
+            s = afresh(s)
+            return s, memory, goal if extended is None else jnp.where(s.steps >= goal, extended(s), goal)
+
+        def unfinished(carry: tuple[_State, _Memory, Array]) -> Array:
+            return (carry[0].status == _RUNNING) & (carry[0].steps < carry[2])
+
+        return jax.lax.while_loop(unfinished, sweep, (s, _empty(b, plan), goal))[0]
+
+    if fallback is None:
+        end, helped = run(start, _unit(direction, plan), plan, jnp.int32(plan.max_steps)), jnp.int32(0)
+    else:
+        end, helped = _guarded(start, run, direction, fallback, plan, target)
+    # A run that was stopped by its limit is the one that is still running.
+    status = jnp.where(end.status == _RUNNING, Status.MAX_STEPS, end.status).astype(jnp.int32)
+    info = Info(end.steps, status, end.residuals / unit, end.norm / unit, status == Status.CONVERGED, helped)
+    return end.x * scale, info
+
+
+def _guarded(
+    start: _State, run: Callable[..., _State], direction: Operator, fallback: Operator, plan: _Plan, target: Array
+) -> tuple[_State, Array]:
+    """Direction and fallback in turns on the same x, until one has converged or the fallback stays; see `solve`."""
+    fixed = plan._replace(memory=1, passes=1, normalize=True, low=None)  # one direction kept: conjugate gradients
+    blamed = jnp.array([Status.STAGNATED, Status.INCONSISTENT, Status.NOT_FINITE])
+    limit = jnp.int32(plan.max_steps)
+
+    def rate(old: _State, new: _State) -> Array:
+        return jnp.log(new.norm / old.norm) / jnp.maximum(new.steps - old.steps, 1)
+
+    def turn(carry: tuple[_State, Array, Array]) -> tuple[_State, Array, Array]:
+        s, window, helped = carry
+        goal = jnp.minimum(s.steps + window, limit)
+
+        def nearly_done(now: _State) -> Array:
+            """One more `patience` for a direction that would converge within it, at the rate it had so far."""
+            near = jnp.log(target / now.norm) >= plan.patience * jnp.minimum(rate(s, now), 0)
+            return jnp.where(near & (now.steps == goal), jnp.minimum(goal + plan.patience, limit), now.steps)
+
+        tried = run(s, _unit(direction, plan), plan, goal, nearly_done)
+        failed = jnp.any(tried.status == blamed)
+        tried = tried._replace(status=jnp.where(failed, _RUNNING, tried.status))
+
+        def stays(now: _State) -> Array:
+            """To the end, unless the direction was twice as fast as this, which gathers speed later, and gained a digit."""
+            better = rate(s, tried) < jnp.minimum(2 * rate(tried, now), -np.log(10) / plan.patience)
+            return jnp.where(better, now.steps, limit)
+
+        goal = jnp.where(failed, limit, jnp.minimum(tried.steps + plan.patience, limit))
+        end = run(tried, _unit(fallback, fixed), fixed, goal, stays)
+        return end, 2 * window, helped + end.steps - tried.steps
+
+    def unfinished(carry: tuple[_State, Array, Array]) -> Array:
+        return (carry[0].status == _RUNNING) & (carry[0].steps < limit)
+
+    end, _, helped = jax.lax.while_loop(unfinished, turn, (start, jnp.int32(plan.patience), jnp.int32(0)))
+    return end, helped
+
+
+def _unit(direction: Operator, plan: _Plan) -> Operator:
+    """The direction as the iteration calls it: unit norm in, entries of at most one out, in the dtype it asks for."""
+    if plan.scheme == "fletcher-reeves":
+        return direction
+
+    def scaled(r: Array) -> Array:
+        given = r / _norm(r) if plan.normalize else r
+        d = direction(given if plan.low is None else given.astype(plan.low)).astype(r.dtype)
+        largest = jnp.max(jnp.abs(d), initial=0)
+        return d / jnp.where(largest > 0, largest, 1)  # NaN stays NaN
+
+    return scaled
+
+
+def _dot(u: Array, v: Array) -> Array:
+    return jnp.vdot(u, v, precision=HIGHEST)
+
+
+def _norm(u: Array) -> Array:
+    return jnp.sqrt(_dot(u, u))
+
+
+# ------------------------------------------------------------------------------------- implicit differentiation
+
+
+@eqx.filter_jit
+def _compiled(
+    operator: Any, b: Array, x0: Array | None, direction: Any, fallback: Any, rtol: Array, atol: Array, plan: _Plan
+) -> tuple[Array, Info]:
+    # Arrays that the functions close over, tracers included, become visible and so can have derivatives.
+    operator = eqx.filter_closure_convert(operator, b)
+    low = b if plan.low is None else b.astype(plan.low)
+    direction = eqx.filter_closure_convert(direction, low)
+    fallback = None if fallback is None else eqx.filter_closure_convert(fallback, b)
+    rest = _constant((x0, direction, fallback, rtol, atol))
+    return _implicit(operator, b, rest=rest, plan=plan)
+
+
+@eqx.filter_custom_jvp
+def _implicit(operator: Operator, b: Array, *, rest: Any, plan: _Plan) -> tuple[Array, Info]:
+    x0, direction, fallback, rtol, atol = rest
+    return _iterate(operator, b, x0, direction, fallback, rtol, atol, plan)
+
+
+@_implicit.def_jvp
+def _implicit_jvp(primals: Any, tangents: Any, *, rest: Any, plan: _Plan) -> Any:
+    """A dx = db - dA x, symmetric, so that transposing it is the same run."""
+    operator, b = primals
+    d_operator, d_b = tangents
+    x, info = _implicit(operator, b, rest=rest, plan=plan)
+    right = jnp.zeros_like(b) if d_b is None else d_b
+    varied, fixed = eqx.partition(operator, eqx.is_inexact_array)
+    d_varied = jax.tree.map(
+        lambda v, t: jnp.zeros_like(v) if t is None else t, varied, eqx.filter(d_operator, eqx.is_array)
+    )
+    if jax.tree.leaves(d_operator):
+        _, d_image = jax.jvp(lambda v: eqx.combine(v, fixed)(x), (varied,), (d_varied,))
+        right = right - d_image
+    _, direction, fallback, rtol, _ = rest
+
+    def run(_: Operator, right: Array) -> Array:
+        # From zero, to the same relative tolerance; the absolute one is in the units of b.
+        dx, info = _iterate(operator, right, None, direction, fallback, rtol, jnp.zeros_like(rtol), plan)
+        return jnp.where((info.status == Status.CONVERGED) | (info.status == Status.PRECISION), dx, jnp.nan)
+
+    dx = jax.lax.custom_linear_solve(operator, right, run, symmetric=True)
+    return (x, info), (dx, jax.tree.map(lambda _: None, info))
+
+
+def _constant(tree: Any) -> Any:
+    arrays, rest = eqx.partition(tree, eqx.is_inexact_array)
+    return eqx.combine(jax.tree.map(jax.lax.stop_gradient, arrays), rest)
+
+
+# ------------------------------------------------------------------------------------------------ input and output
+
+
+class _System(NamedTuple):
+    """What the caller gave, checked; `matrix` is A on the host side, or None if A is a function or traced."""
+
+    caller: str
+    operator: Operator
+    matrix: Any
+    b: Array
+    x0: Array | None
+    rtol: Array
+    atol: Array
+
+
+def _checked(caller: str, A: Any, b: Any, x0: Any, rtol: float, atol: float, max_steps: int) -> _System:
+    _at_least(caller, "max_steps", max_steps, 1)
+    b = jnp.asarray(b)
+    dtype = jnp.result_type(b.dtype, *(jnp.asarray(v).dtype for v in (x0,) if v is not None))
+    if _is_dense(A) or scipy.sparse.issparse(A):
+        dtype = jnp.result_type(dtype, jax.dtypes.canonicalize_dtype(A.dtype))
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        raise ValueError(f"{caller}: the system is of dtype {dtype}, expected real numbers")
+    dtype = jnp.promote_types(dtype, jnp.float16) if jnp.issubdtype(dtype, jnp.floating) else jnp.result_type(float)
+    b = b.astype(dtype)
+    if b.size == 0:
+        raise ValueError(f"{caller}: b has shape {b.shape}, expected at least one entry")
+    if not isinstance(b, jax.core.Tracer) and not bool(jnp.isfinite(b).all()):
+        raise ValueError(f"{caller}: b has {int((~jnp.isfinite(b)).sum())} entries that are not finite, expected none")
+    if x0 is not None:
+        x0 = jnp.asarray(x0).astype(dtype)
+        if x0.shape != b.shape:
+            raise ValueError(f"{caller}: x0 has shape {x0.shape}, expected that of b, {b.shape}")
+    least = ROUNDINGS * float(jnp.finfo(dtype).eps)
+    if not (isinstance(rtol, jax.core.Tracer) or rtol > 0):
+        raise ValueError(f"{caller}: rtol is {rtol}, expected a positive number")
+    if not (isinstance(rtol, jax.core.Tracer) or rtol >= least):
+        raise ValueError(
+            f"{caller}: rtol is {rtol:g}, which {dtype} does not reach (at least {least:.2g}, and that only of a well "
+            "conditioned A); ask for less, or give b in float64 with 64-bit JAX"
+        )
+    if not (isinstance(atol, jax.core.Tracer) or atol >= 0):
+        raise ValueError(f"{caller}: atol is {atol}, expected a number >= 0")
+    operator, matrix = _operator(caller, "A", A, b)
+    if matrix is not None:
+        _check_matrix(caller, matrix)
+    return _System(caller, operator, matrix, b, x0, jnp.asarray(rtol, dtype), jnp.asarray(atol, dtype))
+
+
+def _at_least(caller: str, name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+        raise ValueError(f"{caller}: {name} is {value!r}, expected an integer >= {least}")
+
+
+def _is_dense(A: Any) -> bool:
+    return isinstance(A, jax.Array | np.ndarray)
+
+
+def _dense_product(matrix: Array, v: Array) -> Array:
+    return jnp.matmul(matrix, v, precision=HIGHEST)
+
+
+def _sparse_product(rows: Array, columns: Array, entries: Array, v: Array) -> Array:
+    return jax.ops.segment_sum(entries * v[columns], rows, v.size, indices_are_sorted=True)
+
+
+def _lineax_product(operator: Any, v: Array) -> Array:
+    return operator.mv(v)
+
+
+def _operator(caller: str, name: str, A: Any, b: Array) -> tuple[Operator, Any]:
+    """`A` as a callable pytree, its result checked in shape, and `A` itself if it is an explicit matrix with known entries."""
+    matrix = None
+    if _is_dense(A) or scipy.sparse.issparse(A):
+        if A.ndim != 2 or A.shape[0] != A.shape[1]:
+            raise ValueError(f"{caller}: {name} has shape {A.shape}, expected a square matrix")
+        if b.shape != (A.shape[0],):
+            raise ValueError(
+                f"{caller}: b has shape {b.shape}, expected ({A.shape[0]},) for {name} of shape {A.shape}; for many "
+                "right-hand sides use jax.vmap, and for a grid give the operator as a function"
+            )
+        matrix = None if isinstance(A, jax.core.Tracer) else A
+        if scipy.sparse.issparse(A):
+            coo = A.tocsr().tocoo()
+            parts = (jnp.asarray(coo.row), jnp.asarray(coo.col), jnp.asarray(coo.data, b.dtype))
+            return Partial(_sparse_product, *parts), matrix
+        return Partial(_dense_product, jnp.asarray(A, b.dtype)), matrix
+    if hasattr(A, "mv") and hasattr(A, "in_structure"):
+        A = Partial(_lineax_product, A)
+    if not callable(A):
+        raise TypeError(
+            f"{caller}: {name} is of type {type(A).__name__}, expected a function v -> {name} v, a dense array, a SciPy "
+            "sparse matrix or a lineax operator"
+        )
+    image = jax.eval_shape(lambda v: A(v), b)
+    if getattr(image, "shape", None) != b.shape:
+        raise ValueError(
+            f"{caller}: {name} maps shape {b.shape} to {getattr(image, 'shape', type(image).__name__)}, expected the same "
+            "shape; for many right-hand sides use jax.vmap"
+        )
+    return A, matrix
+
+
+def _check_matrix(caller: str, A: Any) -> None:
+    """Symmetry, and what of positive semi-definiteness can be seen in single entries: A_ij² <= A_ii A_jj."""
+    size, diagonal = float(abs(A).max()), np.asarray(A.diagonal(), float)
+    if not np.isfinite(size):
+        raise ValueError(f"{caller}: A has entries that are not finite, expected none")
+    rounding = 100 * float(jnp.finfo(A.dtype).eps if jnp.issubdtype(A.dtype, jnp.floating) else 0) * size
+    skew = float(abs(A - A.T).max())
+    if skew > rounding:
+        raise ValueError(
+            f"{caller}: A is not symmetric: A - Aᵀ has an entry of size {skew:.3g}, A of at most {size:.3g}; expected a "
+            "symmetric positive semi-definite matrix"
+        )
+    if diagonal.min() < -rounding:
+        i = int(diagonal.argmin())
+        raise ValueError(f"{caller}: A is not positive semi-definite: A[{i}, {i}] = {diagonal[i]:.3g} is negative")
+    root = np.sqrt(np.maximum(diagonal, 0))
+    if scipy.sparse.issparse(A):
+        coo = A.tocoo()
+        excess = np.abs(coo.data) - root[coo.row] * root[coo.col]
+        worst = int(excess.argmax()) if excess.size else 0
+        i, j, most = (coo.row[worst], coo.col[worst], excess[worst]) if excess.size else (0, 0, 0.0)
+    else:
+        root = root.astype(A.dtype)
+        excess = abs(A) - root[:, None] * root
+        i, j = divmod(int(excess.argmax()), A.shape[0])
+        most = float(excess[i, j])
+    if most > rounding:
+        raise ValueError(
+            f"{caller}: A is not positive semi-definite: |A[{i}, {j}]| is larger than the root of A[{i}, {i}] A[{j}, {j}]"
+        )
+
+
+def _check_linear(m: Operator, b: Array) -> None:
+    """Raise unless M behaves linearly and symmetrically on b and on a fixed other vector."""
+    u = b / jnp.maximum(_norm(b), jnp.finfo(b.dtype).tiny)
+    v = jnp.cos(1.0 + jnp.arange(b.size, dtype=b.dtype)).reshape(b.shape) / np.sqrt(b.size)
+    mu, mv, both = m(u), m(v), m(u - 2 * v)
+    size = float(jnp.maximum(_norm(mu), _norm(mv)))
+    bent = float(_norm(both - mu + 2 * mv)) / max(size, float(jnp.finfo(b.dtype).tiny))
+    skew = abs(float(_dot(u, mv) - _dot(v, mu))) / max(size, float(jnp.finfo(b.dtype).tiny))
+    # Half of the digits: a preconditioner is allowed to be applied roughly, and what is meant to be caught is at 1e-2.
+    if max(bent, skew) > float(jnp.sqrt(jnp.finfo(b.dtype).eps)):
+        what = "linear" if bent >= skew else "symmetric"
+        raise ValueError(
+            f"conjugate_gradient: M is not {what} (relative difference {max(bent, skew):.2g}), expected a linear symmetric "
+            "positive definite preconditioner; for any other use solve(A, b, direction=M)"
+        )
+    if min(float(_dot(v, mv)), float(_dot(u, mu)) if float(_norm(b)) > 0 else 1.0) <= 0:
+        raise ValueError("conjugate_gradient: M is not positive definite: uᵀMu <= 0 for a vector u")
+
+
+def _finish(system: _System, x: Array, info: Info, throw: bool) -> tuple[Array, Info]:
+    """Outside transformations: the residual of an explicit matrix in float64, and the exception."""
+    if isinstance(x, jax.core.Tracer):
+        return x, info
+    if system.matrix is not None and x.dtype != jnp.float64:
+        A, b = system.matrix, np.asarray(system.b, np.float64)
+        A = A.astype(np.float64) if scipy.sparse.issparse(A) else np.asarray(A, np.float64)
+        size = np.linalg.norm(b)
+        norm = np.linalg.norm(b - A @ np.asarray(x, np.float64))
+        met = bool(norm <= max(float(system.rtol) * size, float(system.atol)))
+        status = Status.CONVERGED if met else Status.PRECISION if info.converged else Status(int(info.status))
+        info = info._replace(
+            residual=np.array(norm / (size or 1)), converged=np.array(met), status=np.array(status, np.int32)
+        )
+    if throw and not bool(info.converged):
+        end = Status(int(info.status))
+        raise RuntimeError(
+            f"{system.caller}: not converged after {int(info.steps)} steps, relative residual {float(info.residual):.2e} "
+            f"(rtol {float(system.rtol):g}): {end.name}, {end.message}"
+        )
+    return x, info
