@@ -15,7 +15,7 @@ from solvers.poisson import AIR, FLUID, SOLID, Domain
 
 def _centres(n: int, ndim: int) -> list[np.ndarray]:
     """Coordinates of the cells in the unit cube."""
-    return np.meshgrid(*[(np.arange(n) + 0.5) / n] * ndim, indexing="ij")
+    return list(np.meshgrid(*[(np.arange(n) + 0.5) / n] * ndim, indexing="ij"))
 
 
 def _ball(x: list[np.ndarray], centre: np.ndarray, radius: float) -> np.ndarray:

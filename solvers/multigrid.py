@@ -105,8 +105,8 @@ class Preconditioner(eqx.Module):
     """
 
     levels: tuple[Stencil, ...]
-    weights: tuple[Float[Array, "*grid"], ...]
-    inverse_diagonals: tuple[Float[Array, "*grid"], ...]
+    weights: tuple[Float[Array, "..."], ...]  # of one grid each, as the next
+    inverse_diagonals: tuple[Float[Array, "..."], ...]
     inverse: Float[Array, "n n"]
     cycle: Cycle
 
