@@ -553,6 +553,7 @@ class _System(NamedTuple):
     x0: Array | None
     rtol: Array
     atol: Array
+    share: float  # of the tolerances, for the run itself: a residual in 32 bits is not exact, the last one will be
 
 
 def _checked(caller: str, A: Any, b: Any, x0: Any, rtol: float, atol: float, max_steps: int) -> _System:
@@ -586,7 +587,9 @@ def _checked(caller: str, A: Any, b: Any, x0: Any, rtol: float, atol: float, max
     operator, matrix = _operator(caller, "A", A, b)
     if matrix is not None:
         _check_matrix(caller, matrix)
-    return _System(caller, operator, matrix, b, x0, jnp.asarray(rtol, dtype), jnp.asarray(atol, dtype))
+    share = 0.5 if matrix is not None and dtype != jnp.float64 and not isinstance(b, jax.core.Tracer) else 1.0
+    tolerances = jnp.asarray(rtol * share, dtype), jnp.asarray(atol * share, dtype)
+    return _System(caller, operator, matrix, b, x0, *tolerances, share)
 
 
 def _at_least(caller: str, name: str, value: Any, least: int) -> None:
@@ -703,7 +706,7 @@ def _finish(system: _System, x: Array, info: Info, throw: bool) -> tuple[Array, 
         A = A.astype(np.float64) if scipy.sparse.issparse(A) else np.asarray(A, np.float64)
         size = np.linalg.norm(b)
         norm = np.linalg.norm(b - A @ np.asarray(x, np.float64))
-        met = bool(norm <= max(float(system.rtol) * size, float(system.atol)))
+        met = bool(norm <= max(float(system.rtol) * size, float(system.atol)) / system.share)
         status = Status.CONVERGED if met else Status.PRECISION if info.converged else Status(int(info.status))
         info = info._replace(
             residual=np.array(norm / (size or 1)), converged=np.array(met), status=np.array(status, np.int32)
@@ -712,6 +715,6 @@ def _finish(system: _System, x: Array, info: Info, throw: bool) -> tuple[Array, 
         end = Status(int(info.status))
         raise RuntimeError(
             f"{system.caller}: not converged after {int(info.steps)} steps, relative residual {float(info.residual):.2e} "
-            f"(rtol {float(system.rtol):g}): {end.name}, {end.message}"
+            f"(rtol {float(system.rtol) / system.share:g}): {end.name}, {end.message}"
         )
     return x, info

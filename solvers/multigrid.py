@@ -105,8 +105,8 @@ class Preconditioner(eqx.Module):
     """
 
     levels: tuple[Stencil, ...]
-    weights: tuple[Float[Array, "..."], ...]  # of one grid each, as the next
-    inverse_diagonals: tuple[Float[Array, "..."], ...]
+    weights: tuple[Float[Array, "*_"], ...]  # of one grid each, as the next
+    inverse_diagonals: tuple[Float[Array, "*_"], ...]
     inverse: Float[Array, "n n"]
     cycle: Cycle
 
