@@ -704,8 +704,8 @@ def _finish(system: _System, x: Array, info: Info, throw: bool) -> tuple[Array, 
     if system.matrix is not None and x.dtype != jnp.float64:
         A, b = system.matrix, np.asarray(system.b, np.float64)
         A = A.astype(np.float64) if scipy.sparse.issparse(A) else np.asarray(A, np.float64)
-        size = np.linalg.norm(b)
-        norm = np.linalg.norm(b - A @ np.asarray(x, np.float64))
+        size = float(np.linalg.norm(b))
+        norm = float(np.linalg.norm(b - A @ np.asarray(x, np.float64)))
         met = bool(norm <= max(float(system.rtol) * size, float(system.atol)) / system.share)
         status = Status.CONVERGED if met else Status.PRECISION if info.converged else Status(int(info.status))
         info = info._replace(

@@ -44,7 +44,7 @@ def test_claims_come_in_the_order_of_the_paper(monkeypatch: pytest.MonkeyPatch, 
     [
         ("plantd:P1", "no paper called 'plantd'; nearest: planted"),
         ("planted:P9", "no claim called 'planted:P9'; nearest: planted:P1, planted:P2|nearest: planted:P2, planted:P1"),
-        ("P2", "no claim called 'P2'; nearest: planted:P2; a claim is named paper:number"),
+        ("P2", "no claim called 'P2'; nearest: .*planted:P2; a claim is named paper:number"),
         ("planted", "no claim called 'planted'; .*a claim is named paper:number"),
         ("", "a claim is named paper:number"),
         (":P1", "no paper called ''"),
@@ -61,7 +61,7 @@ def test_an_unknown_name_is_answered_with_the_nearest(
 
 def test_a_number_without_its_paper_is_answered_with_the_whole_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     planted.install(monkeypatch, tmp_path, TWO)
-    with pytest.raises(registry.UnknownClaimError, match="no paper called 'p2'; nearest: planted:P2"):
+    with pytest.raises(registry.UnknownClaimError, match="no paper called 'p2'; nearest: .*planted:P2"):
         registry.select(["p2"])
 
 
