@@ -61,7 +61,7 @@ def test_an_unknown_name_is_answered_with_the_nearest(
 
 def test_a_number_without_its_paper_is_answered_with_the_whole_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     planted.install(monkeypatch, tmp_path, TWO)
-    with pytest.raises(registry.UnknownClaimError, match="no paper called 'p2'; nearest: .*planted:P2"):
+    with pytest.raises(registry.UnknownClaimError, match=r"no paper called 'p2'; nearest: .*planted:P2"):
         registry.select(["p2"])
 
 
