@@ -686,8 +686,9 @@ def _check_linear(m: Operator, b: Array) -> None:
     size = float(jnp.maximum(_norm(mu), _norm(mv)))
     bent = float(_norm(both - mu + 2 * mv)) / max(size, float(jnp.finfo(b.dtype).tiny))
     skew = abs(float(_dot(u, mv) - _dot(v, mu))) / max(size, float(jnp.finfo(b.dtype).tiny))
-    # Half of the digits: a preconditioner is allowed to be applied roughly, and what is meant to be caught is at 1e-2.
-    if max(bent, skew) > float(jnp.sqrt(jnp.finfo(b.dtype).eps)):
+    # Half of the digits of float32, in which a preconditioner may work inside a float64 iteration; what is meant to be caught
+    # is at 1e-2.
+    if max(bent, skew) > float(jnp.sqrt(jnp.finfo(jnp.float32).eps)):
         what = "linear" if bent >= skew else "symmetric"
         raise ValueError(
             f"conjugate_gradient: M is not {what} (relative difference {max(bent, skew):.2g}), expected a linear symmetric "

@@ -259,7 +259,7 @@ def solve(
     b = jnp.where(a.unknown, b, 0)
     m = multigrid.preconditioner(a) if preconditioner is None else preconditioner
     p, info = conjugate_direction.conjugate_gradient(
-        a, b, m, x0=x0, rtol=rtol, atol=atol, max_steps=max_steps, check=False, throw=throw
+        a, b, m, x0=x0, rtol=rtol, atol=atol, max_steps=max_steps, check=preconditioner is not None, throw=throw
     )
     p, _ = remove_means(domain, jnp.where(a.unknown, p, 0))
     removed = jnp.abs(means) / jnp.where(scale > 0, scale, 1)

@@ -138,6 +138,8 @@ def test_a_preconditioner_made_before_gives_the_same(x64):
     rhs = jnp.asarray(gallery.plume(domain))
     m = multigrid.preconditioner(poisson.laplacian(domain))
     np.testing.assert_array_equal(poisson.solve(domain, rhs)[0], poisson.solve(domain, rhs, preconditioner=m)[0])
+    with pytest.raises(ValueError, match="not symmetric"):
+        poisson.solve(domain, rhs, preconditioner=lambda r: r + jnp.roll(r, 1, 0))
     plain = poisson.solve(domain, rhs, preconditioner=lambda r: r)[1]
     assert bool(plain.converged) and int(plain.steps) > 30
 
