@@ -14,8 +14,7 @@ Gram-Schmidt, `passes` times.  The paper recomputes r = b - Ax after each step a
 (`recompute_every=1`); here the residual follows the recursion in between and is recomputed before anything is called
 converged.  And what can go wrong (`Status`) is looked for.
 
-An operator, a direction or a preconditioner is a function v -> Av on arrays of one shape (a grid, say), a callable pytree
-such as an equinox module, a dense (n, n) array, a SciPy sparse matrix or a lineax operator.
+What counts as an operator, a direction or a preconditioner: `solvers.operators`.
 """
 
 import enum
@@ -26,17 +25,24 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.sparse
-from jax.tree_util import Partial
 from jaxtyping import Array, ArrayLike, Bool, DTypeLike, Float, Int
 
-HIGHEST = jax.lax.Precision.HIGHEST  # TF32 products on a GPU would break conjugacy at the third digit
-ROUNDINGS = 4
-"""What is below so many units of rounding of its natural size counts as zero; the least `rtol` is as many."""
+from solvers.operators import (
+    ROUNDINGS,
+    Operator,
+    System,
+    as_operator,
+    at_least,
+    check_linear,
+    check_shape,
+    checked,
+    dot,
+    euclidean,
+    exact_residual,
+)
+
 UNROLLED = 4
 """Up to so many directions are projected out by straight code, which has a derivative in reverse mode."""
-
-Operator = Callable[[Array], Array]
 
 
 class Status(enum.IntEnum):
@@ -102,8 +108,8 @@ def solve(
     direction: Any = residual,
     memory: int | None = 2,
     x0: Float[ArrayLike, "*shape"] | None = None,
-    rtol: float = 1e-6,
-    atol: float = 0.0,
+    rtol: float | Array = 1e-6,
+    atol: float | Array = 0.0,
     max_steps: int = 1000,
     fallback: Any = None,
     passes: int = 1,
@@ -138,15 +144,15 @@ def solve(
     semi-definite, and tolerances out of reach of the dtype; TypeError for what is no operator; with `throw`, RuntimeError
     if the run did not converge (not under jit or vmap, where only the status tells).
     """
-    system = _checked("solve", A, b, x0, rtol, atol, max_steps)
+    system = checked("solve", A, b, x0, rtol, atol, max_steps)
     for name, value, least in (
         ("passes", passes, 1),
         ("recompute_every", recompute_every, 1),
         ("patience", patience, 1),
     ):
-        _at_least("solve", name, value, least)
+        at_least("solve", name, value, least)
     if memory is not None:
-        _at_least("solve", "memory", memory, 0)
+        at_least("solve", "memory", memory, 0)
     if isinstance(fallback, str) and fallback != "residual":
         raise ValueError(f"solve: fallback is {fallback!r}, expected 'residual' or a preconditioner")
     low = None if direction_dtype is None else jnp.dtype(direction_dtype)
@@ -162,14 +168,16 @@ def solve(
         patience,
         None if low is None else low.name,
     )
-    d, _ = _operator("solve", "direction", direction, system.b)
+    d, _ = as_operator("solve", "direction", direction, system.b)
     m, _ = (
         (None, None)
         if fallback is None
-        else _operator("solve", "fallback", residual if isinstance(fallback, str) else fallback, system.b)
+        else as_operator("solve", "fallback", residual if isinstance(fallback, str) else fallback, system.b)
     )
     return _finish(
-        system, *_compiled(system.operator, system.b, system.x0, d, m, system.rtol, system.atol, plan), throw
+        system,
+        *_compiled(system.caller, system.operator, system.b, system.x0, d, m, system.rtol, system.atol, plan),
+        throw,
     )
 
 
@@ -179,8 +187,8 @@ def conjugate_gradient(
     M: Any = None,
     *,
     x0: Float[ArrayLike, "*shape"] | None = None,
-    rtol: float = 1e-6,
-    atol: float = 0.0,
+    rtol: float | Array = 1e-6,
+    atol: float | Array = 0.0,
     max_steps: int = 1000,
     recompute_every: int = 50,
     check: bool = True,
@@ -188,18 +196,22 @@ def conjugate_gradient(
 ) -> tuple[Float[Array, "*shape"], Info]:
     """Preconditioned conjugate gradients (Hestenes and Stiefel 1952, Fletcher-Reeves β), everything else as in `solve`.
 
+    Three scalar products a step: what can go wrong is looked into when the Rayleigh quotient of the step is suspicious.
+
     M is a linear symmetric positive definite approximation of A⁻¹.  With any other the two-term recursion loses more than
     `solve(..., direction=M, memory=0)` gains, so `check` tries linearity and symmetry on two vectors (three applications,
-    not under a transformation) and raises ValueError; for such M use `solve`.
+    not under a transformation, nor for what says `symmetric = True` of itself) and raises ValueError; for such M use `solve`.
     """
-    system = _checked("conjugate_gradient", A, b, x0, rtol, atol, max_steps)
-    _at_least("conjugate_gradient", "recompute_every", recompute_every, 1)
-    m, _ = _operator("conjugate_gradient", "M", residual if M is None else M, system.b)
-    if check and M is not None and not isinstance(system.b, jax.core.Tracer):
-        _check_linear(m, system.b)
+    system = checked("conjugate_gradient", A, b, x0, rtol, atol, max_steps)
+    at_least("conjugate_gradient", "recompute_every", recompute_every, 1)
+    m, _ = as_operator("conjugate_gradient", "M", residual if M is None else M, system.b)
+    if check and M is not None and not getattr(M, "symmetric", False) and not isinstance(system.b, jax.core.Tracer):
+        check_linear(m, system.b)
     plan = _Plan("fletcher-reeves", 0, max_steps, 1, False, recompute_every, 1, None)
     return _finish(
-        system, *_compiled(system.operator, system.b, system.x0, m, None, system.rtol, system.atol, plan), throw
+        system,
+        *_compiled(system.caller, system.operator, system.b, system.x0, m, None, system.rtol, system.atol, plan),
+        throw,
     )
 
 
@@ -227,8 +239,8 @@ def iterates(
     Arguments as for `solve`.  Unlike there, the derivative is that of the steps themselves, in everything, the weights of
     the direction included; in reverse mode for memory <= 4.  `status` is that of a failed step, else MAX_STEPS.
     """
-    system = _checked("iterates", A, b, x0, 1.0, 0.0, steps)
-    d, _ = _operator("iterates", "direction", direction, system.b)
+    system = checked("iterates", A, b, x0, 1.0, 0.0, steps)
+    d, _ = as_operator("iterates", "direction", direction, system.b)
     kept = steps if memory is None else min(memory, steps)
     plan = _Plan("gram-schmidt", kept, steps, passes, normalize, steps, 1, None)
     return _kept(system.operator, system.b, system.x0, d, plan)
@@ -277,7 +289,7 @@ class _State(NamedTuple):
 
 
 class _Memory(NamedTuple):
-    """The last directions in a ring, with their images and pᵀAp; for Fletcher-Reeves one, its image unused, and rᵀz."""
+    """The last directions in a ring, with their images and pᵀAp."""
 
     stored: Array
     p: Array
@@ -285,16 +297,22 @@ class _Memory(NamedTuple):
     curvature: Array
 
 
-def _conjugate(d: Array, r: Array, memory: _Memory, plan: _Plan) -> Array:
+class _Previous(NamedTuple):
+    """What conjugate gradients keep: the last direction, its rᵀz, and the largest quotient pᵀAp/rᵀz so far."""
+
+    p: Array
+    slope: Array
+    largest: Array
+
+
+def _conjugate(d: Array, memory: _Memory, plan: _Plan) -> Array:
     """`d` made A-orthogonal to the directions in memory."""
-    if plan.scheme == "fletcher-reeves":
-        return d + _dot(r, d) / memory.curvature[0] * memory.p[0]
     if plan.memory == 0:
         return d
 
     def project(i: Array, q: Array) -> Array:
         j = (memory.stored - 1 - i) % plan.memory
-        return q - _dot(memory.image[j], q) / memory.curvature[j] * memory.p[j]
+        return q - dot(memory.image[j], q) / memory.curvature[j] * memory.p[j]
 
     for _ in range(plan.passes):
         if plan.memory <= UNROLLED:  # what is still empty is zero and projects nothing out
@@ -305,9 +323,7 @@ def _conjugate(d: Array, r: Array, memory: _Memory, plan: _Plan) -> Array:
     return d
 
 
-def _remember(memory: _Memory, p: Array, image: Array, curvature: Array, slope: Array, plan: _Plan) -> _Memory:
-    if plan.scheme == "fletcher-reeves":
-        return _Memory(memory.stored + 1, p[None], memory.image, slope[None])  # pᵀr = rᵀz
+def _remember(memory: _Memory, p: Array, image: Array, curvature: Array, plan: _Plan) -> _Memory:
     if plan.memory == 0:
         return memory
     j = memory.stored % plan.memory
@@ -316,12 +332,10 @@ def _remember(memory: _Memory, p: Array, image: Array, curvature: Array, slope: 
     )
 
 
-def _empty(b: Array, plan: _Plan) -> _Memory:
+def _empty(b: Array, plan: _Plan) -> _Memory | _Previous:
     if plan.scheme == "fletcher-reeves":
-        # An infinite rᵀz makes the first β zero.
-        return _Memory(
-            jnp.int32(0), jnp.zeros((1, *b.shape), b.dtype), jnp.zeros((0,), b.dtype), jnp.full(1, jnp.inf, b.dtype)
-        )
+        infinite = jnp.asarray(jnp.inf, b.dtype)  # makes the first β zero, and the first step suspicious
+        return _Previous(jnp.zeros_like(b), infinite, infinite)
     kept = jnp.zeros((plan.memory, *b.shape), b.dtype)
     return _Memory(jnp.int32(0), kept, kept, jnp.ones(plan.memory, b.dtype))
 
@@ -330,36 +344,77 @@ def _step(
     s: _State, memory: _Memory, operator: Operator, direction: Operator, plan: _Plan
 ) -> tuple[_State, _Memory, Array]:
     """One step of the paper, or the reason why there is none; also the direction p."""
-    zero = ROUNDINGS * jnp.finfo(s.x.dtype).eps
     d = direction(s.r)
-    q = _conjugate(d, s.r, memory, plan)
+    q = _conjugate(d, memory, plan)
     image = operator(q)
-    curvature, slope, size = _dot(q, image), _dot(q, s.r), _norm(q)
-    top = jnp.maximum(s.top, _norm(image) / jnp.where(size > 0, size, 1))
+    curvature, slope = dot(q, image), dot(q, s.r)
+    status, top = _verdict(s, d, q, image, curvature, slope)
+    return (
+        _moved(s, q, image, curvature, slope, status, top),
+        _remember(memory, q, image, curvature, plan),
+        q,
+    )
+
+
+def _two_term_step(
+    s: _State, before: _Previous, operator: Operator, preconditioner: Operator, plan: _Plan
+) -> tuple[_State, _Previous, Array]:
+    """One step of conjugate gradients, where pᵀr = rᵀz; memory and normalisation have no meaning here."""
+    z = preconditioner(s.r)
+    slope = dot(s.r, z)
+    p = z + slope / before.slope * before.p
+    image = operator(p)
+    curvature = dot(p, image)
+    # Between the extreme eigenvalues of MA, unless something is wrong: far below what it was before, it is worth a look.
+    quotient = curvature / slope
+    sound = (slope > 0) & (quotient > np.sqrt(jnp.finfo(s.x.dtype).eps) * before.largest) & jnp.isfinite(quotient)
+    status, top = jax.lax.cond(
+        sound,
+        lambda: (jnp.int32(_RUNNING), s.top),
+        lambda: _verdict(s, z, p, image, curvature, slope),
+    )
+    first = jnp.isinf(before.largest)
+    largest = jnp.where(first, quotient, jnp.maximum(before.largest, quotient))
+    return _moved(s, p, image, curvature, slope, status, top), _Previous(p, slope, largest), p
+
+
+def _verdict(
+    s: _State, d: Array, q: Array, image: Array, curvature: Array, slope: Array
+) -> tuple[Int[Array, ""], Float[Array, ""]]:
+    """Whether there is a step along q, made of d, or why not; and the scale of A as far as seen."""
+    zero = ROUNDINGS * jnp.finfo(s.x.dtype).eps
+    size = euclidean(q)
+    top = jnp.maximum(s.top, euclidean(image) / jnp.where(size > 0, size, 1))
     flat = zero * top * size**2
     status = jnp.select(
         [
             ~jnp.isfinite(curvature) | ~jnp.isfinite(slope),
             curvature < -flat,
-            (size <= zero * _norm(d)) | (jnp.abs(slope) <= zero * size * s.norm),
+            (size <= zero * euclidean(d)) | (jnp.abs(slope) <= zero * size * s.norm),
             curvature <= flat,
         ],
         [Status.NOT_FINITE, Status.NOT_POSITIVE_DEFINITE, Status.STAGNATED, Status.INCONSISTENT],
         _RUNNING,
     ).astype(jnp.int32)
+    return status, jnp.where(status == _RUNNING, top, s.top)
+
+
+def _moved(s: _State, q: Array, image: Array, curvature: Array, slope: Array, status: Array, top: Array) -> _State:
+    """The state after the exact line search along q, if there is a step."""
     go = status == _RUNNING
     alpha = jnp.where(go, slope / jnp.where(go, curvature, 1), 0)
     x, r = (jnp.where(go, new, old) for new, old in ((s.x + alpha * q, s.x), (s.r - alpha * image, s.r)))
-    steps, norm = s.steps + go, _norm(r)
-    s = _State(x, r, norm, s.exact, jnp.where(go, top, s.top), s.residuals.at[steps].set(norm), steps, status)
-    return s, _remember(memory, q, image, curvature, slope, plan), q
+    steps, norm = s.steps + go, euclidean(r)
+    return _State(x, r, norm, s.exact, top, s.residuals.at[steps].set(norm), steps, status)
 
 
 def _start(operator: Operator, b: Array, x0: Array | None, plan: _Plan) -> _State:
     x = jnp.zeros_like(b) if x0 is None else jnp.where(jnp.any(b != 0), x0, 0)  # the solution of Ax = 0 is zero
     r = b if x0 is None else b - operator(x)
-    norm = _norm(r)
-    top = _norm(operator(r)) / jnp.where(norm > 0, norm, 1)
+    norm = euclidean(r)
+    # Conjugate gradients look at their first step in any case.
+    seen = euclidean(operator(r)) if plan.scheme == "gram-schmidt" else jnp.zeros_like(norm)
+    top = seen / jnp.where(norm > 0, norm, 1)
     residuals = jnp.full(plan.max_steps + 1, jnp.nan, b.dtype).at[0].set(norm)
     return _State(x, r, norm, norm, top, residuals, jnp.int32(0), jnp.int32(_RUNNING))
 
@@ -378,7 +433,7 @@ def _iterate(
     scale = jnp.max(jnp.abs(b), initial=0)
     scale = jnp.where((scale > 0) & jnp.isfinite(scale), scale, 1)
     b, atol = b / scale, atol / scale
-    size = _norm(b)
+    size = euclidean(b)
     unit = jnp.where(size > 0, size, 1)
     target = jnp.maximum(rtol * size, atol)
     start = _start(operator, b, None if x0 is None else x0 / scale, plan)
@@ -388,7 +443,7 @@ def _iterate(
     def afresh(s: _State) -> _State:
         """The state with its residual recomputed, and with the verdict that only this permits."""
         r = b - operator(s.x)
-        norm, drift = _norm(r), _norm(r - s.r)
+        norm, drift = euclidean(r), euclidean(r - s.r)
         # Rounding has taken over when the two residuals have little in common and the true one has ceased to fall.
         floor = (drift > 0.5 * norm) & (norm > 0.5 * s.exact) & (s.status == _RUNNING)
         status = jnp.where(norm <= target, Status.CONVERGED, jnp.where(floor, Status.PRECISION, s.status))
@@ -400,18 +455,20 @@ def _iterate(
     ) -> _State:
         """Steps along f until `goal`, which `extended` may move once it is reached."""
 
-        def sweep(carry: tuple[_State, _Memory, Array]) -> tuple[_State, _Memory, Array]:
+        step = _two_term_step if plan.scheme == "fletcher-reeves" else _step
+
+        def sweep(carry: tuple[_State, Any, Array]) -> tuple[_State, Any, Array]:
             s, memory, goal = carry
             until = jnp.minimum(goal, s.steps + plan.recompute_every)
 
-            def more(c: tuple[_State, _Memory]) -> Array:
+            def more(c: tuple[_State, Any]) -> Array:
                 return (c[0].status == _RUNNING) & (c[0].steps < until) & (c[0].norm > target)
 
-            s, memory = jax.lax.while_loop(more, lambda c: _step(*c, operator, f, plan)[:2], (s, memory))
+            s, memory = jax.lax.while_loop(more, lambda c: step(*c, operator, f, plan)[:2], (s, memory))
             s = afresh(s)
             return s, memory, goal if extended is None else jnp.where(s.steps >= goal, extended(s), goal)
 
-        def unfinished(carry: tuple[_State, _Memory, Array]) -> Array:
+        def unfinished(carry: tuple[_State, Any, Array]) -> Array:
             return (carry[0].status == _RUNNING) & (carry[0].steps < carry[2])
 
         return jax.lax.while_loop(unfinished, sweep, (s, _empty(b, plan), goal))[0]
@@ -472,7 +529,7 @@ def _unit(direction: Operator, plan: _Plan) -> Operator:
         return direction
 
     def scaled(r: Array) -> Array:
-        given = r / _norm(r) if plan.normalize else r
+        given = r / euclidean(r) if plan.normalize else r
         d = direction(given if plan.low is None else given.astype(plan.low)).astype(r.dtype)
         largest = jnp.max(jnp.abs(d), initial=0)
         return d / jnp.where(largest > 0, largest, 1)  # NaN stays NaN
@@ -480,21 +537,25 @@ def _unit(direction: Operator, plan: _Plan) -> Operator:
     return scaled
 
 
-def _dot(u: Array, v: Array) -> Array:
-    return jnp.vdot(u, v, precision=HIGHEST)
-
-
-def _norm(u: Array) -> Array:
-    return jnp.sqrt(_dot(u, u))
-
-
 # ------------------------------------------------------------------------------------- implicit differentiation
 
 
 @eqx.filter_jit
 def _compiled(
-    operator: Any, b: Array, x0: Array | None, direction: Any, fallback: Any, rtol: Array, atol: Array, plan: _Plan
+    caller: str,
+    operator: Any,
+    b: Array,
+    x0: Array | None,
+    direction: Any,
+    fallback: Any,
+    rtol: Array,
+    atol: Array,
+    plan: _Plan,
 ) -> tuple[Array, Info]:
+    names = ("A", "M" if plan.scheme == "fletcher-reeves" else "direction", "fallback")
+    for name, f in zip(names, (operator, direction, fallback), strict=True):
+        if f is not None:
+            check_shape(caller, name, f, b)
     # Arrays that the functions close over, tracers included, become visible and so can have derivatives.
     operator = eqx.filter_closure_convert(operator, b)
     low = b if plan.low is None else b.astype(plan.low)
@@ -540,182 +601,38 @@ def _constant(tree: Any) -> Any:
     return eqx.combine(jax.tree.map(jax.lax.stop_gradient, arrays), rest)
 
 
-# ------------------------------------------------------------------------------------------------ input and output
-
-
-class _System(NamedTuple):
-    """What the caller gave, checked; `matrix` is A on the host side, or None if A is a function or traced."""
-
-    caller: str
-    operator: Operator
-    matrix: Any
-    b: Array
-    x0: Array | None
-    rtol: Array
-    atol: Array
-    share: float  # of the tolerances, for the run itself: a residual in 32 bits is not exact, the last one will be
-
-
-def _checked(caller: str, A: Any, b: Any, x0: Any, rtol: float, atol: float, max_steps: int) -> _System:
-    _at_least(caller, "max_steps", max_steps, 1)
-    b = jnp.asarray(b)
-    dtype = jnp.result_type(b.dtype, *(jnp.asarray(v).dtype for v in (x0,) if v is not None))
-    if _is_dense(A) or scipy.sparse.issparse(A):
-        dtype = jnp.result_type(dtype, jax.dtypes.canonicalize_dtype(A.dtype))
-    if jnp.issubdtype(dtype, jnp.complexfloating):
-        raise ValueError(f"{caller}: the system is of dtype {dtype}, expected real numbers")
-    dtype = jnp.promote_types(dtype, jnp.float16) if jnp.issubdtype(dtype, jnp.floating) else jnp.result_type(float)
-    b = b.astype(dtype)
-    if b.size == 0:
-        raise ValueError(f"{caller}: b has shape {b.shape}, expected at least one entry")
-    if not isinstance(b, jax.core.Tracer) and not bool(jnp.isfinite(b).all()):
-        raise ValueError(f"{caller}: b has {int((~jnp.isfinite(b)).sum())} entries that are not finite, expected none")
-    if x0 is not None:
-        x0 = jnp.asarray(x0).astype(dtype)
-        if x0.shape != b.shape:
-            raise ValueError(f"{caller}: x0 has shape {x0.shape}, expected that of b, {b.shape}")
-    least = ROUNDINGS * float(jnp.finfo(dtype).eps)
-    if not (isinstance(rtol, jax.core.Tracer) or rtol > 0):
-        raise ValueError(f"{caller}: rtol is {rtol}, expected a positive number")
-    if not (isinstance(rtol, jax.core.Tracer) or rtol >= least):
-        raise ValueError(
-            f"{caller}: rtol is {rtol:g}, which {dtype} does not reach (at least {least:.2g}, and that only of a well "
-            "conditioned A); ask for less, or give b in float64 with 64-bit JAX"
-        )
-    if not (isinstance(atol, jax.core.Tracer) or atol >= 0):
-        raise ValueError(f"{caller}: atol is {atol}, expected a number >= 0")
-    operator, matrix = _operator(caller, "A", A, b)
-    if matrix is not None:
-        _check_matrix(caller, matrix)
-    share = 0.5 if matrix is not None and dtype != jnp.float64 and not isinstance(b, jax.core.Tracer) else 1.0
-    tolerances = jnp.asarray(rtol * share, dtype), jnp.asarray(atol * share, dtype)
-    return _System(caller, operator, matrix, b, x0, *tolerances, share)
-
-
-def _at_least(caller: str, name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-        raise ValueError(f"{caller}: {name} is {value!r}, expected an integer >= {least}")
-
-
-def _is_dense(A: Any) -> bool:
-    return isinstance(A, jax.Array | np.ndarray)
-
-
-def _dense_product(matrix: Array, v: Array) -> Array:
-    return jnp.matmul(matrix, v, precision=HIGHEST)
-
-
-def _sparse_product(rows: Array, columns: Array, entries: Array, v: Array) -> Array:
-    return jax.ops.segment_sum(entries * v[columns], rows, v.size, indices_are_sorted=True)
-
-
-def _lineax_product(operator: Any, v: Array) -> Array:
-    return operator.mv(v)
-
-
-def _operator(caller: str, name: str, A: Any, b: Array) -> tuple[Operator, Any]:
-    """`A` as a callable pytree, its result checked in shape, and `A` itself if it is an explicit matrix with known entries."""
-    matrix = None
-    if _is_dense(A) or scipy.sparse.issparse(A):
-        if A.ndim != 2 or A.shape[0] != A.shape[1]:
-            raise ValueError(f"{caller}: {name} has shape {A.shape}, expected a square matrix")
-        if b.shape != (A.shape[0],):
-            raise ValueError(
-                f"{caller}: b has shape {b.shape}, expected ({A.shape[0]},) for {name} of shape {A.shape}; for many "
-                "right-hand sides use jax.vmap, and for a grid give the operator as a function"
-            )
-        matrix = None if isinstance(A, jax.core.Tracer) else A
-        if scipy.sparse.issparse(A):
-            coo = A.tocsr().tocoo()
-            parts = (jnp.asarray(coo.row), jnp.asarray(coo.col), jnp.asarray(coo.data, b.dtype))
-            return Partial(_sparse_product, *parts), matrix
-        return Partial(_dense_product, jnp.asarray(A, b.dtype)), matrix
-    if hasattr(A, "mv") and hasattr(A, "in_structure"):
-        A = Partial(_lineax_product, A)
-    if not callable(A):
-        raise TypeError(
-            f"{caller}: {name} is of type {type(A).__name__}, expected a function v -> {name} v, a dense array, a SciPy "
-            "sparse matrix or a lineax operator"
-        )
-    image = jax.eval_shape(lambda v: A(v), b)
-    if getattr(image, "shape", None) != b.shape:
-        raise ValueError(
-            f"{caller}: {name} maps shape {b.shape} to {getattr(image, 'shape', type(image).__name__)}, expected the same "
-            "shape; for many right-hand sides use jax.vmap"
-        )
-    return A, matrix
-
-
-def _check_matrix(caller: str, A: Any) -> None:
-    """Symmetry, and what of positive semi-definiteness can be seen in single entries: A_ij² <= A_ii A_jj."""
-    size, diagonal = float(abs(A).max()), np.asarray(A.diagonal(), float)
-    if not np.isfinite(size):
-        raise ValueError(f"{caller}: A has entries that are not finite, expected none")
-    rounding = 100 * float(jnp.finfo(A.dtype).eps if jnp.issubdtype(A.dtype, jnp.floating) else 0) * size
-    skew = float(abs(A - A.T).max())
-    if skew > rounding:
-        raise ValueError(
-            f"{caller}: A is not symmetric: A - Aᵀ has an entry of size {skew:.3g}, A of at most {size:.3g}; expected a "
-            "symmetric positive semi-definite matrix"
-        )
-    if diagonal.min() < -rounding:
-        i = int(diagonal.argmin())
-        raise ValueError(f"{caller}: A is not positive semi-definite: A[{i}, {i}] = {diagonal[i]:.3g} is negative")
-    root = np.sqrt(np.maximum(diagonal, 0))
-    if scipy.sparse.issparse(A):
-        coo = A.tocoo()
-        excess = np.abs(coo.data) - root[coo.row] * root[coo.col]
-        worst = int(excess.argmax()) if excess.size else 0
-        i, j, most = (coo.row[worst], coo.col[worst], excess[worst]) if excess.size else (0, 0, 0.0)
-    else:
-        root = root.astype(A.dtype)
-        excess = abs(A) - root[:, None] * root
-        i, j = divmod(int(excess.argmax()), A.shape[0])
-        most = float(excess[i, j])
-    if most > rounding:
-        raise ValueError(
-            f"{caller}: A is not positive semi-definite: |A[{i}, {j}]| is larger than the root of A[{i}, {i}] A[{j}, {j}]"
-        )
-
-
-def _check_linear(m: Operator, b: Array) -> None:
-    """Raise unless M behaves linearly and symmetrically on b and on a fixed other vector."""
-    u = b / jnp.maximum(_norm(b), jnp.finfo(b.dtype).tiny)
-    v = jnp.cos(1.0 + jnp.arange(b.size, dtype=b.dtype)).reshape(b.shape) / np.sqrt(b.size)
-    mu, mv, both = m(u), m(v), m(u - 2 * v)
-    size = float(jnp.maximum(_norm(mu), _norm(mv)))
-    bent = float(_norm(both - mu + 2 * mv)) / max(size, float(jnp.finfo(b.dtype).tiny))
-    skew = abs(float(_dot(u, mv) - _dot(v, mu))) / max(size, float(jnp.finfo(b.dtype).tiny))
-    # Half of the digits of float32, in which a preconditioner may work inside a float64 iteration; what is meant to be caught
-    # is at 1e-2.
-    if max(bent, skew) > float(jnp.sqrt(jnp.finfo(jnp.float32).eps)):
-        what = "linear" if bent >= skew else "symmetric"
-        raise ValueError(
-            f"conjugate_gradient: M is not {what} (relative difference {max(bent, skew):.2g}), expected a linear symmetric "
-            "positive definite preconditioner; for any other use solve(A, b, direction=M)"
-        )
-    if min(float(_dot(v, mv)), float(_dot(u, mu)) if float(_norm(b)) > 0 else 1.0) <= 0:
-        raise ValueError("conjugate_gradient: M is not positive definite: uᵀMu <= 0 for a vector u")
-
-
-def _finish(system: _System, x: Array, info: Info, throw: bool) -> tuple[Array, Info]:
+def _finish(system: System, x: Array, info: Info, throw: bool) -> tuple[Array, Info]:
     """Outside transformations: the residual of an explicit matrix in float64, and the exception."""
     if isinstance(x, jax.core.Tracer):
         return x, info
     if system.matrix is not None and x.dtype != jnp.float64:
-        A, b = system.matrix, np.asarray(system.b, np.float64)
-        A = A.astype(np.float64) if scipy.sparse.issparse(A) else np.asarray(A, np.float64)
-        size = float(np.linalg.norm(b))
-        norm = float(np.linalg.norm(b - A @ np.asarray(x, np.float64)))
-        met = bool(norm <= max(float(system.rtol) * size, float(system.atol)) / system.share)
-        status = Status.CONVERGED if met else Status.PRECISION if info.converged else Status(int(info.status))
-        info = info._replace(
-            residual=np.array(norm / (size or 1)), converged=np.array(met), status=np.array(status, np.int32)
+        info = in_float64(
+            system.matrix, system.b, x, info, float(system.rtol) / system.share, float(system.atol) / system.share
         )
-    if throw and not bool(info.converged):
+    if throw:
+        require_convergence(system.caller, info, float(system.rtol) / system.share)
+    return x, info
+
+
+def in_float64(A: Any, b: Array, x: Array, info: Any, rtol: float, atol: float) -> Any:
+    """`info` with residual and verdict by a residual that is computed in float64 on the host.
+
+    A is a dense or sparse matrix or a stencil; info has the fields of `Info` that are concerned.
+    """
+    size = float(np.linalg.norm(np.asarray(b, np.float64)))
+    norm = float(np.linalg.norm(exact_residual(A, b, x)))
+    met = norm <= max(rtol * size, atol)
+    status = Status.CONVERGED if met else Status.PRECISION if info.converged else Status(int(info.status))
+    return info._replace(
+        residual=np.array(norm / (size or 1)), converged=np.array(met), status=np.array(status, np.int32)
+    )
+
+
+def require_convergence(caller: str, info: Any, rtol: float) -> None:
+    """Raise RuntimeError, which says how the run ended, unless it converged."""
+    if not bool(info.converged):
         end = Status(int(info.status))
         raise RuntimeError(
-            f"{system.caller}: not converged after {int(info.steps)} steps, relative residual {float(info.residual):.2e} "
-            f"(rtol {float(system.rtol) / system.share:g}): {end.name}, {end.message}"
+            f"{caller}: not converged after {int(info.steps)} steps, relative residual {float(info.residual):.2e} "
+            f"(rtol {rtol:g}): {end.name}, {end.message}"
         )
-    return x, info

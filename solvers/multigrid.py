@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 from importlib import resources
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -109,6 +109,7 @@ class Preconditioner(eqx.Module):
     inverse_diagonals: tuple[Float[Array, "*_"], ...]
     inverse: Float[Array, "n n"]
     cycle: Cycle
+    symmetric: ClassVar[bool] = True  # by construction: `conjugate_gradient` need not try
 
     def __call__(self, r: Float[Array, "*grid"]) -> Float[Array, "*grid"]:
         z = _corrected(self, jnp.where(self.levels[0].unknown, r, 0).astype(self.inverse.dtype), 0)

@@ -23,6 +23,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from solvers import conjugate_direction, multigrid
+from solvers.operators import check_linear
 from solvers.stencil import Stencil
 
 SOLID, FLUID, AIR = 1, 2, 3
@@ -252,15 +253,45 @@ def solve(
     if rtol < reach:
         hint = "; enable x64 and give rhs in float64" if rhs.dtype == jnp.float32 else ""
         raise ValueError(f"rtol: {rtol:g} is below {reach:.1g}, about what {rhs.dtype} reaches on this grid{hint}")
-    b = jnp.where(domain.fluid, rhs, 0)
-    b, means = remove_means(domain, b)
-    scale = jnp.linalg.norm(jnp.where(domain.fluid, rhs, 0).reshape(-1)) / jnp.sqrt(domain.fluid.sum())
+    traced = isinstance(rhs, jax.core.Tracer)
+    # A residual in float32 is off by about as much as it can reach; the one in float64 at the end decides.
+    share = 1.0 if traced or rhs.dtype == jnp.float64 else max(0.5, 1 - reach / rtol)
+    if preconditioner is not None and not traced and not getattr(preconditioner, "symmetric", False):
+        check_linear(preconditioner, rhs)
+    if isinstance(atol, float | int) and not atol >= 0:
+        raise ValueError(f"atol: is {atol}, expected a number >= 0")
+    tolerances = (jnp.asarray(t * share, rhs.dtype) for t in (rtol, atol))  # arrays: no compilation for each
+    p, b, bad, info = _pressure(domain, rhs, x0, preconditioner, *tolerances, max_steps)
+    if not traced:
+        if int(bad):
+            raise ValueError(f"rhs: has {int(bad)} entries in the fluid that are not finite, expected none")
+        if rhs.dtype != jnp.float64:
+            info = conjugate_direction.in_float64(laplacian(domain), b, p, info, rtol, atol)
+        if throw:
+            conjugate_direction.require_convergence("poisson.solve", info, rtol)
+    return p, info
+
+
+@eqx.filter_jit
+def _pressure(
+    domain: Domain, rhs: Array, x0: Any, preconditioner: Any, rtol: Array, atol: Array, max_steps: int
+) -> tuple[Array, Array, Array, Info]:
+    """The pressure, the right-hand side that it belongs to, how many entries of that were not finite, and how it was found:
+    one program for all of it."""
+    rhs = jnp.where(domain.fluid, rhs, 0)
+    b, means = remove_means(domain, rhs)
+    scale = jnp.linalg.norm(rhs.reshape(-1)) / jnp.sqrt(domain.fluid.sum())
     a = laplacian(domain)
     b = jnp.where(a.unknown, b, 0)
     m = multigrid.preconditioner(a) if preconditioner is None else preconditioner
     p, info = conjugate_direction.conjugate_gradient(
-        a, b, m, x0=x0, rtol=rtol, atol=atol, max_steps=max_steps, check=preconditioner is not None, throw=throw
+        a, b, m, x0=x0, rtol=rtol, atol=atol, max_steps=max_steps, check=False
     )
     p, _ = remove_means(domain, jnp.where(a.unknown, p, 0))
     removed = jnp.abs(means) / jnp.where(scale > 0, scale, 1)
-    return p, Info(info.steps, info.status, info.residuals, info.residual, info.converged, removed)
+    return (
+        p,
+        b,
+        jnp.sum(~jnp.isfinite(rhs)),
+        Info(info.steps, info.status, info.residuals, info.residual, info.converged, removed),
+    )

@@ -12,6 +12,7 @@ import math
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Num
@@ -59,6 +60,19 @@ def neighbours(a: Stencil, u: Float[Array, "*grid"]) -> Float[Array, "*grid"]:
         w = w.astype(u.dtype)
         total = total + w * shifted(u, axis, 1) + shifted(w * u, axis, -1)
     return total
+
+
+def residual(a: Stencil, u: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """b - A u in float64 on the host, whatever JAX computes in; zero outside the unknowns."""
+    unknown = np.asarray(a.diagonal) > 0
+    u, rest = np.where(unknown, u, 0).astype(np.float64), np.where(unknown, b, 0).astype(np.float64)
+    rest -= np.asarray(a.diagonal, np.float64) * u
+    for axis in range(u.ndim):
+        before, behind = ((slice(None),) * axis + (s,) for s in (slice(None, -1), slice(1, None)))
+        w = a.stiffness[axis] if a.links is None else np.asarray(a.links[axis], np.float64)[behind]
+        rest[behind] += w * u[before]
+        rest[before] += w * u[behind]
+    return np.where(unknown, rest, 0)
 
 
 def shifted(u: Array, axis: int, by: int) -> Array:

@@ -274,3 +274,29 @@ def test_the_recursion_refuses_what_is_no_fixed_preconditioner(x64):
         cd.conjugate_gradient(a, b, M=np.eye(30) + 0.1 * (turn - turn.T))
     with pytest.raises(ValueError, match="M is not positive definite"):
         cd.conjugate_gradient(a, b, M=-np.eye(30))
+
+
+def test_the_short_recursion_looks_into_a_step_that_is_suspicious(x64):
+    n = 40
+    singular = scipy.sparse.csr_matrix(line(n, neumann=True))
+    b = np.sin(np.arange(n)) + 0.3  # with a part outside the range
+    _, info = cd.conjugate_gradient(singular, b, rtol=1e-10)
+    assert Status(int(info.status)) in (Status.INCONSISTENT, Status.PRECISION) and not info.converged
+    indefinite = np.diag(np.r_[np.ones(n - 1), -1e-3])
+    _, info = cd.conjugate_gradient(jax.tree_util.Partial(jnp.matmul, jnp.asarray(indefinite)), np.ones(n), rtol=1e-10)
+    assert Status(int(info.status)) == Status.NOT_POSITIVE_DEFINITE
+    _, info = cd.conjugate_gradient(lambda v: v * jnp.where(v > 0.5, jnp.nan, 1), np.ones(n), rtol=1e-10)
+    assert Status(int(info.status)) == Status.NOT_FINITE
+
+
+def test_a_preconditioner_that_says_it_is_symmetric_is_not_tried(x64):
+    class Bent(eqx.Module):
+        symmetric: bool = eqx.field(static=True)
+
+        def __call__(self, r):
+            return r + r**3
+
+    a, b = system(12, 3)
+    with pytest.raises(ValueError, match="not linear"):
+        cd.conjugate_gradient(a, b, M=Bent(False))
+    cd.conjugate_gradient(a, b, M=Bent(True))

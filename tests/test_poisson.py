@@ -7,7 +7,7 @@ import pytest
 import scipy.sparse
 import scipy.sparse.linalg
 
-from solvers import gallery, multigrid, poisson
+from solvers import gallery, multigrid, poisson, stencil
 from solvers.poisson import AIR, FLUID, SOLID, Domain
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -182,3 +182,30 @@ def test_booleans_are_fluid_and_solid():
     domain = Domain.from_mask(np.array([[True, False], [True, True]]), edges=AIR)
     np.testing.assert_array_equal(domain.cells, [[FLUID, SOLID], [FLUID, FLUID]])
     assert "2 x 2" in repr(domain)
+
+
+def test_in_32_bits_the_verdict_is_by_a_residual_in_64_on_the_host():
+    domain = gallery.smoke_sphere(16)
+    rhs = jnp.asarray(gallery.plume(domain), jnp.float32)
+    pressure, info = poisson.solve(domain, rhs, rtol=1e-4)
+    a = np.asarray(stencil.dense(poisson.laplacian(domain), jnp.float32), np.float64)
+    left = np.linalg.norm(np.asarray(rhs, np.float64).ravel() - a @ np.asarray(pressure, np.float64).ravel())
+    assert info.residual.dtype == np.float64
+    assert bool(info.converged) and float(info.residual) <= 1e-4
+    # Two sums of a few thousand terms in float64.
+    np.testing.assert_allclose(float(info.residual), left / np.linalg.norm(np.asarray(rhs, np.float64)), rtol=1e-9)
+
+
+def test_another_tolerance_is_no_other_program(x64):
+    domain = gallery.smoke_sphere(8)
+    rhs = jnp.asarray(gallery.plume(domain))
+    traced = []
+
+    def preconditioner(r):
+        traced.append(1)
+        return r
+
+    for rtol, atol in ((1e-3, 0.0), (1e-5, 1e-9)):
+        poisson.solve(domain, rhs, rtol=rtol, atol=atol, preconditioner=preconditioner)
+        first = len(traced) if rtol == 1e-3 else first
+    assert 0 < first == len(traced)
