@@ -205,6 +205,28 @@ def remove_means(domain: Domain, x: Float[Array, "*grid"]) -> tuple[Float[Array,
     return x - jnp.where(domain.regions > 0, jnp.concatenate([jnp.zeros(1, x.dtype), means])[domain.regions], 0), means
 
 
+def sharded(x: Any, mesh: jax.sharding.Mesh, axis_names: Sequence[str | None]) -> Any:
+    """x, a domain or a right-hand side, with its grids split over the devices of a mesh; `solve` then runs on all of these.
+
+    axis_names  per axis of the grid the name of the axis of the mesh that it is split over, or None
+    The answer is that of one device up to rounding, and is split in the same way.  Devices exchange one layer of cells per
+    product.  Raises ValueError for an axis that does not split evenly.
+    """
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axis_names))
+
+    def placed(grid: Any) -> Any:
+        if not eqx.is_array(grid):
+            return grid
+        if len(grid.shape) != len(axis_names):
+            raise ValueError(f"axis_names: are {list(axis_names)}, expected one for each axis of a grid {grid.shape}")
+        for n, name in zip(grid.shape, axis_names, strict=True):
+            if name is not None and n % mesh.shape[name]:
+                raise ValueError(f"x: {n} cells do not split evenly over the {mesh.shape[name]} devices of {name!r}")
+        return jax.device_put(grid, place)
+
+    return jax.tree.map(placed, x)
+
+
 class Info(NamedTuple):
     """steps, status, residuals, residual, converged   as in `conjugate_direction.Info`
     removed   the mean that was taken off the right-hand side in each closed region, relative to ‖rhs‖/√n
