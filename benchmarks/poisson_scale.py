@@ -24,7 +24,7 @@ from solvers import gallery, multigrid, poisson
 
 
 def traffic(m: multigrid.Preconditioner) -> float:
-    """Bytes that one cycle has to move, pass by pass: x and r are float32, the finest diagonal is a byte a cell, and coarse levels
+    """Bytes that one cycle has to move, pass by pass: x and r are float32, the finest diagonal is a byte a cell, coarse levels
     read three links, the diagonal and its scaled inverse."""
     steps, visits = m.cycle.smoother.shape[1], m.cycle.coarse.shape[1]
     total, often = 0.0, 1.0
