@@ -48,7 +48,7 @@ def measure(cells: list[int], ndim: int, console: Console) -> list[dict]:
             console.log(f"{name}, {n} cells per axis")
             domain = gallery.DOMAINS[name](n, ndim, seed=seed)
             rhs = jnp.asarray(gallery.plume(domain, 1))
-            hierarchy = jax.jit(multigrid.hierarchy)(poisson.laplacian(domain))
+            hierarchy = multigrid.hierarchy(poisson.laplacian(domain))
             row: dict = {"cells": n, "domain": name}
             for label, cycle in cycles.items():
                 m = multigrid.preconditioner(hierarchy, cycle)

@@ -69,7 +69,7 @@ def measure(n: int) -> dict[str, Any]:
     row = {"cells": n, "unknowns": int(domain.fluid.sum()), "bytes per cell": needed / cells, "gigabytes": needed / 1e9}
     if limit is not None and needed > 0.9 * limit:
         return row
-    m = eqx.filter_jit(multigrid.preconditioner)(poisson.laplacian(domain))
+    m = multigrid.preconditioner(poisson.laplacian(domain))
     apply, copy = eqx.filter_jit(lambda m, r: m(r)), jax.jit(copied)
     r = rhs.astype(jnp.float32)
     cycle, one = best(lambda: apply(m, r)), best(lambda: copy(r))

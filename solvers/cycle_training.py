@@ -141,9 +141,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     made, control, fit = jax.random.split(jax.random.key(given.seed), 3)
-    make = eqx.filter_jit(hierarchy)
     domains = training_domains(given.cells, given.dimensions, given.seed)
-    hierarchies = [make(laplacian(d)) for d in domains]
+    hierarchies = [hierarchy(laplacian(d)) for d in domains]
     hand = best_chebyshev(hierarchies, control)
     cycle, _ = train(spread(hand), hierarchies, fit, given.steps)
     result = {

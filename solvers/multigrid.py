@@ -75,8 +75,9 @@ def load(name: str) -> Cycle:
     return Cycle(**{k: jnp.asarray(v, jnp.float32) for k, v in numbers.items()})
 
 
+@eqx.filter_jit
 def hierarchy(fine: Stencil, dtype: Any = jnp.float32) -> Hierarchy:
-    """All coarser stencils of a stencil, down to at most 64 cells.  Pure and jit-able: the shapes of the grids are static."""
+    """All coarser stencils of a stencil, down to at most 64 cells.  Compiled once per shape of the grid."""
     levels = [fine]
     while levels[-1].diagonal.size > COARSEST and max(factors(levels[-1].shape)) > 1:
         levels.append(coarsened(levels[-1], dtype))
@@ -118,8 +119,13 @@ class Preconditioner(eqx.Module):
 
 def preconditioner(a: Stencil | Hierarchy, cycle: Cycle | None = None, dtype: Any = jnp.float32) -> Preconditioner:
     """The cycle of a stencil.  cycle: None for the learned one.  dtype: in which it is computed."""
+    ndim = len((a.levels[0] if isinstance(a, Hierarchy) else a).shape)
+    return _prepared(a, load(f"poisson{ndim}d") if cycle is None else cycle, dtype)
+
+
+@eqx.filter_jit
+def _prepared(a: Stencil | Hierarchy, numbers: Cycle, dtype: Any) -> Preconditioner:
     h = a if isinstance(a, Hierarchy) else hierarchy(a, dtype)
-    numbers = load(f"poisson{len(h.levels[0].shape)}d") if cycle is None else cycle
     weights, inverses = [], []
     for level, (below, features) in enumerate(zip(h.levels[1:], h.features, strict=True)):
         g = jnp.tensordot(_row(numbers.weight, level, features.dtype), features, 1)

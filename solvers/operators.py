@@ -76,6 +76,8 @@ def checked(caller: str, A: Any, b: Any, x0: Any, rtol: float | Array, atol: flo
     if not (isinstance(atol, jax.core.Tracer) or atol >= 0):
         raise ValueError(f"{caller}: atol is {atol}, expected a number >= 0")
     operator, matrix = as_operator(caller, "A", A, b)
+    if isinstance(A, Stencil) and A.shape == b.shape:  # what they say of other cells does not matter
+        b, x0 = (None if v is None else jnp.where(A.unknown, v, 0) for v in (b, x0))
     if matrix is not None and not isinstance(matrix, Stencil):
         _check_matrix(caller, matrix)
     share = 0.5 if matrix is not None and dtype != jnp.float64 and not isinstance(b, jax.core.Tracer) else 1.0

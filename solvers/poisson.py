@@ -282,8 +282,8 @@ def solve(
         check_linear(preconditioner, rhs)
     if isinstance(atol, float | int) and not atol >= 0:
         raise ValueError(f"atol: is {atol}, expected a number >= 0")
-    tolerances = (jnp.asarray(t * share, rhs.dtype) for t in (rtol, atol))  # arrays: no compilation for each
-    p, b, bad, info = _pressure(domain, rhs, x0, preconditioner, *tolerances, max_steps)
+    relative, absolute = (jnp.asarray(t * share, rhs.dtype) for t in (rtol, atol))  # arrays: no compilation for each
+    p, b, bad, info = _pressure(domain, rhs, x0, preconditioner, relative, absolute, max_steps)
     if not traced:
         if int(bad):
             raise ValueError(f"rhs: has {int(bad)} entries in the fluid that are not finite, expected none")
