@@ -146,7 +146,7 @@ def laplacian(domain: Domain, dtype: Any = None) -> Stencil:
     ndim = domain.cells.ndim
     real = jnp.result_type(float) if dtype is None else dtype
     wide = jnp.pad(domain.fluid, 1)
-    codes = _padded(domain)
+    codes = padded(domain)
     inner = tuple(slice(1, -1) for _ in range(ndim))
 
     def beside(x: Array, axis: int, by: int) -> Array:
@@ -171,7 +171,8 @@ def laplacian(domain: Domain, dtype: Any = None) -> Stencil:
     return Stencil(jnp.where(domain.fluid, diagonal, 0), tuple(links))
 
 
-def _padded(domain: Domain) -> Array:
+def padded(domain: Domain) -> Int[Array, "*wider"]:
+    """The codes of the cells, with one layer of what lies beyond the edges around them."""
     codes = domain.cells
     for axis, (before, behind) in enumerate(domain.edges):
         layer = [1 if k == axis else n for k, n in enumerate(codes.shape)]

@@ -195,7 +195,7 @@ def advected(state: State, domain: Domain, dt: float | Float[Array, ""]) -> Stat
     _check("state.velocity", state.velocity, domain)
     velocity = tuple(_on_faces(u, axis, _departures(state.velocity, axis, dt)) for axis, u in enumerate(state.velocity))
     ends = [x + 0.5 for x in _departures(state.velocity, None, dt)]  # in the grid with what lies beyond its edges
-    weights = (poisson._padded(domain) != SOLID).astype(state.density.dtype)
+    weights = (poisson.padded(domain) != SOLID).astype(state.density.dtype)
     total = _interpolated(weights, ends)
 
     def carried(values: Array) -> Array:
@@ -258,7 +258,7 @@ def _interpolated(values: Array, indices: list[Array]) -> Array:
 
 def _sides(domain: Domain) -> list[tuple[Array, Array]]:
     """Per axis the codes of the cells before and behind each face."""
-    codes, ndim = poisson._padded(domain), domain.cells.ndim
+    codes, ndim = poisson.padded(domain), domain.cells.ndim
     cut = lambda axis, s: codes[tuple(s if k == axis else slice(1, -1) for k in range(ndim))]  # noqa: E731
     return [(cut(axis, slice(None, -1)), cut(axis, slice(1, None))) for axis in range(ndim)]
 

@@ -54,7 +54,7 @@ def test_an_interrupted_film_goes_on_to_the_same_files(tmp_path, monkeypatch):
         assert a.read_bytes() == b.read_bytes()
     with Image.open(parts[1]) as animation:
         assert animation.n_frames == 7 and animation.size == (200, 200)
-    assert sorted(p.name for p in (tmp_path / "parts").iterdir()) == ["smoke_film.gif", "smoke.png", "state.npz"]
+    assert sorted(p.name for p in (tmp_path / "parts").iterdir()) == ["smoke.gif", "smoke.png", "state.npz"]
     with pytest.raises(ValueError, match=r"state.npz is of a run with .*'seed': 0.*expected .*'seed': 1"):
         smoke_film.film(tmp_path / "parts", solids="paddle", seed=1, **FILM)
     (tmp_path / "parts" / "state.npz").write_bytes(b"nothing")
@@ -86,6 +86,6 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     ]
     monkeypatch.setattr("sys.argv", command)
     smoke_film.main()
-    assert "written:" in capsys.readouterr().out and (folder / "smoke_film.gif").is_file()
+    assert "written:" in capsys.readouterr().out and (folder / "smoke.gif").is_file()
     with pytest.raises(ValueError, match=r"solids: got 'cube', expected one of"):
         smoke_film.places(16, 2, 3, "cube")
