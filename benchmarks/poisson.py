@@ -51,7 +51,7 @@ def measure_case(domain_name: str, n: int, names: list[str], given: argparse.Nam
     size = float(np.linalg.norm(b))
     rows: dict[str, Any] = {}
     ready = {}
-    for name in names:
+    for name in [name for name in names if n <= METHODS[name].most]:
         try:
             ready[name], setup = prepared(METHODS[name], domain)
         except ImportError as error:

@@ -38,12 +38,14 @@ class Method(NamedTuple):
     work      floating-point work of an iteration, in products with A on the finest grid; None if it is not known
     threads   "all" cores or one
     compiled  whether the first call for a shape compiles, which is not counted
+    most      cells per axis, above which it would take minutes
     """
 
     prepare: Callable[[poisson.Domain], Prepared]
     work: float | None
     threads: str
     compiled: bool = False
+    most: int = 10**6
 
 
 MOST = 5000  # iterations
@@ -77,6 +79,21 @@ def ours(make: Callable[[Stencil], Any], dtype: Any = jnp.float64) -> Callable[[
     return prepare
 
 
+def paper_network(domain: poisson.Domain) -> Prepared:
+    """The deep conjugate direction method: the network in float32, directions A-orthogonal to the last two."""
+    a = _laplacian(domain)
+    network = conjugate_direction.load("poisson3d")
+
+    def solve(b: np.ndarray, rtol: float) -> Solved:
+        x, info = conjugate_direction.solve(
+            a, jnp.asarray(b), direction=network, rtol=rtol, max_steps=300, direction_dtype=jnp.float32
+        )
+        steps = int(info.steps)
+        return Solved(jax.block_until_ready(x), steps, np.asarray(info.residuals)[1 : steps + 1])
+
+    return Prepared(solve, size((a, network)))
+
+
 def incomplete(relaxation: float) -> Callable[[poisson.Domain], Prepared]:
     """Incomplete Cholesky, whose set-up is the host's."""
 
@@ -103,6 +120,25 @@ def scipy_cg(domain: poisson.Domain) -> Prepared:
         return Solved(on.scatter(x), len(steps), np.zeros(0))
 
     return Prepared(solve, _csr_bytes(matrix))
+
+
+def cupy_cg(domain: poisson.Domain) -> Prepared:
+    """On a GPU, with the matrix in CSR format."""
+    import cupy
+    import cupyx.scipy.sparse
+    import cupyx.scipy.sparse.linalg
+
+    a = _laplacian(domain)
+    on, host = adapters.Unknowns.of(a), adapters.to_csr(a)
+    matrix = cupyx.scipy.sparse.csr_matrix(host)
+
+    def solve(b: np.ndarray, rtol: float) -> Solved:
+        steps: list[int] = []
+        rhs = cupy.asarray(on.gather(b))
+        x, _ = cupyx.scipy.sparse.linalg.cg(matrix, rhs, tol=rtol, maxiter=MOST, callback=lambda _: steps.append(1))
+        return Solved(on.scatter(cupy.asnumpy(x)), len(steps), np.zeros(0))
+
+    return Prepared(solve, _csr_bytes(host))
 
 
 def pyamg_cg(kind: str) -> Callable[[poisson.Domain], Prepared]:
@@ -168,6 +204,8 @@ METHODS: dict[str, Method] = {
     "Jacobi": Method(ours(baselines.jacobi), 1, "all", True),
     "conjugate gradients": Method(ours(lambda a: conjugate_direction.residual), 1, "all", True),
     "SciPy cg": Method(scipy_cg, 1, "one"),
+    "cupy cg": Method(cupy_cg, 1, "all"),
+    "the paper's network": Method(paper_network, None, "all", True, 64),
 }
 
 
