@@ -31,7 +31,9 @@ from measure import about, write_json
 from rich.console import Console
 from rich.table import Table
 
+from solvers import direction_data as dd
 from solvers import direction_network as dn
+from solvers import direction_training as dt
 from solvers.conjugate_direction import solve
 
 FLUID, SOLID, AIR = 0, 1, 2
@@ -156,22 +158,22 @@ def multigrid(kind: str, operator: Laplacian, b: Array) -> list[int | None]:
 # ---- training and the table --------------------------------------------------------------------------------------------
 
 
-def training_data(operator: Laplacian, seed: int) -> dn.Examples:
+def training_data(operator: Laplacian, seed: int) -> dd.Examples:
     start, draw = jax.random.split(jax.random.key(seed + 1000))
     noise = operator(jax.random.normal(start, (SIDE, SIDE), jnp.float64))
-    ritz = dn.ritz_vectors(jax.jit(partial(dn.lanczos, steps=LANCZOS))(operator, noise))
-    data = dn.training_pairs(draw, ROWS, ritz, operator, low=LOW)
-    return dn.Examples(*(rows.astype(jnp.float32) for rows in data))
+    ritz = dd.ritz_vectors(jax.jit(partial(dd.lanczos, steps=LANCZOS))(operator, noise))
+    data = dd.training_pairs(draw, ROWS, ritz, operator, low=LOW)
+    return dd.Examples(*(rows.astype(jnp.float32) for rows in data))
 
 
-def train(trial: Trial, operator: Laplacian, data: dn.Examples, steps: int, seed: int, file: Path) -> None:
+def train(trial: Trial, operator: Laplacian, data: dd.Examples, steps: int, seed: int, file: Path) -> None:
     """Train, and save the network with what it took."""
     make, run = jax.random.split(jax.random.key(seed))
     activation = None if trial.linear else jax.nn.relu
     network = dn.DirectionNetwork(2, activation=activation, bias=not trial.linear, key=make)
     optimizer = optax.adam(optax.cosine_decay_schedule(2e-3, steps))
     cpu, wall = time.process_time(), time.perf_counter()
-    network, info = dn.train(
+    network, info = dt.train(
         network, operator, data, key=run, loss=trial.loss, steps=steps, optimizer=optimizer, progress=True
     )
     dn.save(

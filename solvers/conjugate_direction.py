@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, DTypeLike, Float, Int
 
+from solvers.direction_network import DirectionNetwork, MaskedDirection, shipped
 from solvers.operators import (
     ROUNDINGS,
     Operator,
@@ -40,6 +41,7 @@ from solvers.operators import (
     euclidean,
     exact_residual,
 )
+from solvers.stencil import Stencil
 
 UNROLLED = 4
 """Up to so many directions are projected out by straight code, which has a derivative in reverse mode."""
@@ -99,6 +101,14 @@ class Info(NamedTuple):
 def residual(r: Array) -> Array:
     """The direction that makes the method conjugate gradients: the residual itself."""
     return r
+
+
+def load(name: str) -> DirectionNetwork:
+    """The trained direction of that name that comes with the package: "poisson2d" or "poisson3d".
+
+    `solve` applies it to the unknowns of a stencil; for any other operator give what masks it (`direction_network`).
+    """
+    return shipped(name)
 
 
 def solve(
@@ -168,6 +178,8 @@ def solve(
         patience,
         None if low is None else low.name,
     )
+    if isinstance(direction, DirectionNetwork) and isinstance(A, Stencil):
+        direction = MaskedDirection(direction, A.unknown)
     d, _ = as_operator("solve", "direction", direction, system.b)
     m, _ = (
         (None, None)
@@ -332,7 +344,7 @@ def _remember(memory: _Memory, p: Array, image: Array, curvature: Array, plan: _
     )
 
 
-def _empty(b: Array, plan: _Plan) -> _Memory | _Previous:
+def _empty(b: Array, plan: _Plan) -> Any:  # the memory that the step of the plan takes
     if plan.scheme == "fletcher-reeves":
         infinite = jnp.asarray(jnp.inf, b.dtype)  # makes the first β zero, and the first step suspicious
         return _Previous(jnp.zeros_like(b), infinite, infinite)

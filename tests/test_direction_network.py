@@ -1,19 +1,20 @@
-"""The learned direction: the paper's network against SciPy, its losses against line searches, Lanczos, data, training, files."""
+"""The learned direction: the paper's network against SciPy, its losses against line searches, files."""
 
-import io
 import json
 from functools import partial
+from importlib import resources
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from rich.console import Console
 from scipy.ndimage import correlate
 
+from solvers import conjugate_direction as cd
 from solvers import direction_network as dn
+from solvers import direction_training as dt
+from solvers import gallery, poisson
 
 pytestmark = pytest.mark.usefixtures("x64", "quick_compilation")
 
@@ -30,10 +31,6 @@ def open_laplacian(v):
     """The chain with zero pressure beyond both ends."""
     padded = jnp.pad(v, 1)
     return 2 * v - padded[2:] - padded[:-2]
-
-
-def dense(operator, n):
-    return np.asarray(jax.vmap(operator)(jnp.eye(n)))
 
 
 def positive(seed, n, condition=50.0):
@@ -126,6 +123,25 @@ def test_the_layers_against_scipy(key, shape, blocks, bias, activation):
     np.testing.assert_allclose(eqx.filter_jit(network)(r), by_scipy(network, np.asarray(r)), rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize(("channels", "out"), [(2, 3), (1, 4)])
+def test_plane_by_plane_is_the_same_convolution(key, channels, out):
+    """What runs on CPUs in three dimensions, with its derivatives, against XLA's convolution."""
+    draws = jax.random.split(key, 3)
+    h, weight = jax.random.normal(draws[0], (4, 3, 5, channels)), jax.random.normal(draws[1], (3, 3, 3, channels, out))
+    along = jax.random.normal(draws[2], (4, 3, 5, out))
+
+    def by_xla(h, weight):
+        return jax.lax.conv_general_dilated(
+            h[None], weight, (1, 1, 1), "SAME", dimension_numbers=("NDHWC", "DHWIO", "NDHWC")
+        )[0]
+
+    ours, pull = jax.vjp(dn._convolve_by_planes, h, weight)
+    theirs, pull_theirs = jax.vjp(by_xla, h, weight)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-12)  # sums of at most 60 products
+    for found, expected in zip(pull(along), pull_theirs(along), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
+
+
 def test_weights_are_glorot_uniform_and_biases_zero(key):
     network = dn.DirectionNetwork(3, key=key)
     assert all((b == 0).all() for b in network.biases)
@@ -176,6 +192,35 @@ def test_it_passes_through_jit_vmap_and_grad(key):
     np.testing.assert_allclose(slope, (network(r[0] + h * u) - network(r[0] - h * u)) / (2 * h), atol=1e-8)
     back = jax.grad(lambda r: jnp.vdot(network(r), u))(r[0])
     np.testing.assert_allclose(jnp.vdot(back, u), jnp.vdot(slope, u), rtol=1e-10)
+
+
+def test_rescaled_residuals_have_entries_of_order_one(key):
+    make, draw, biases = jax.random.split(key, 3)
+    network = with_random_biases(dn.DirectionNetwork(**TINY, dtype=jnp.float64, key=make), biases)
+    rescaled = eqx.tree_at(
+        lambda n: (n.weights, n.biases),
+        dn.DirectionNetwork(**TINY, rescaled=True, dtype=jnp.float64, key=make),
+        (network.weights, network.biases),
+    )
+    r = jax.random.normal(draw, (16,))
+    np.testing.assert_allclose(rescaled(r), network(4 * r), rtol=1e-14)
+    assert jnp.abs(rescaled(r) - network(r)).max() > 1e-2
+
+
+@pytest.mark.parametrize("shape", [(5, 8), (6, 6), (7, 3)])
+def test_a_masked_direction_stays_in_its_domain(key, shape):
+    make, draw, where = jax.random.split(key, 3)
+    network = dn.DirectionNetwork(2, (1, 1, 1), channels=3, dtype=jnp.float64, key=make)
+    mask = jax.random.bernoulli(where, 0.7, shape)
+    r = jax.random.normal(draw, shape)
+    d = eqx.filter_jit(dn.MaskedDirection(network, mask))(r)
+    assert d.shape == shape
+    assert (d[~mask] == 0).all()
+    assert (d[mask] != 0).all()
+    np.testing.assert_array_equal(d, eqx.filter_jit(dn.MaskedDirection(network, mask))(jnp.where(mask, r, 7.0)))
+    filled = np.zeros([n + n % 2 for n in shape])
+    filled[: shape[0], : shape[1]] = np.where(mask, r, 0)
+    np.testing.assert_allclose(d[mask], by_scipy(network, filled)[: shape[0], : shape[1]][mask], rtol=1e-12)
 
 
 def test_types(key):
@@ -296,276 +341,11 @@ def test_the_gradient_of_the_losses(loss):
     np.testing.assert_allclose(jnp.vdot(jax.grad(value)(jnp.asarray(d)), u), numeric, rtol=1e-6, atol=1e-8)
 
 
-# --- Lanczos and Ritz vectors ---
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float64, 1e-13), (jnp.float32, 1e-5)])
-def test_lanczos_is_an_orthonormal_tridiagonalisation(dtype, tolerance):
-    """On a grid, up to the last step, where the eigenvalues are those of the matrix; tolerances are some fifty roundings."""
-    a = positive(3, 24, 1e3)
-    operator = lambda v: (jnp.asarray(a, v.dtype) @ v.ravel()).reshape(v.shape)  # noqa: E731
-    start = jnp.asarray(np.random.default_rng(5).standard_normal((4, 6)), dtype)
-    found = jax.jit(partial(dn.lanczos, operator, steps=24))(start)
-    assert found.basis.shape == (24, 4, 6)
-    assert found.basis.dtype == found.diagonal.dtype == dtype
-    assert found.steps == 24
-    q = np.asarray(found.basis, np.float64).reshape(24, 24)
-    t = np.diag(found.diagonal) + np.diag(found.off_diagonal, 1) + np.diag(found.off_diagonal, -1)
-    np.testing.assert_allclose(q[0], start.ravel() / np.linalg.norm(start), rtol=0, atol=tolerance)
-    np.testing.assert_allclose(q @ q.T, np.eye(24), atol=tolerance)
-    np.testing.assert_allclose(q @ a @ q.T, t, atol=1e3 * tolerance)
-    ritz = dn.ritz_vectors(found)
-    np.testing.assert_allclose(ritz.values, np.linalg.eigvalsh(a), atol=1e3 * tolerance)
-    v = np.asarray(ritz.vectors, np.float64).reshape(24, 24)
-    np.testing.assert_allclose(a @ v.T, v.T * np.asarray(ritz.values, np.float64), atol=1e3 * tolerance)
-
-
-def test_a_few_steps_find_the_ends_of_the_spectrum():
-    """Ritz values interlace, and the largest converges first.
-
-    By Kaniel and Paige its error falls with T(1 + 2γ)⁻², T the Chebyshev polynomial of degree 59 and γ = 0.035 the relative
-    gap of the largest eigenvalue: below 1e-17, less than rounding.
-    """
-    a = positive(6, 200, 1e3)
-    w, v = np.linalg.eigh(a)
-    start = jnp.asarray(np.random.default_rng(6).standard_normal(200))
-    ritz = dn.ritz_vectors(dn.lanczos(partial(jnp.matmul, jnp.asarray(a)), start, 60))
-    assert (np.asarray(ritz.values) >= w[:60] - 1e-10).all()
-    assert (np.asarray(ritz.values) <= w[-60:] + 1e-10).all()
-    np.testing.assert_allclose(ritz.values[-1], w[-1], rtol=1e-12)
-    assert abs(v[:, -1] @ np.asarray(ritz.vectors[-1])) > 1 - 1e-10
-    np.testing.assert_allclose(np.linalg.norm(ritz.vectors, axis=1), 1, rtol=1e-12)
-
-
-def test_an_exhausted_space_ends_the_recurrence():
-    """Three eigenvalues: three steps; what follows stands for nothing."""
-    values = jnp.repeat(jnp.asarray([1.0, 2.0, 5.0]), 4)
-    operator = partial(jnp.multiply, values)
-    found = dn.lanczos(operator, jnp.asarray(np.random.default_rng(7).standard_normal(12)), 8)
-    assert found.steps == 3
-    assert (found.basis[3:] == 0).all()
-    ritz = dn.ritz_vectors(found)
-    np.testing.assert_allclose(ritz.values, [0, 0, 0, 0, 0, 1, 2, 5], atol=1e-13)
-    assert dn.lanczos(operator, jnp.zeros(12), 3).steps == 0
-
-
-def test_lanczos_names_bad_input():
-    with pytest.raises(ValueError, match="steps is 0"):
-        dn.lanczos(open_laplacian, jnp.ones(4), 0)
-    with pytest.raises(ValueError, match=r"makes \(3,\) of \(4,\)"):
-        dn.lanczos(jnp.diff, jnp.ones(4), 2)
-
-
-# --- data ---
-
-
-def exact_ritz(operator, n):
-    values, vectors = np.linalg.eigh(dense(operator, n))
-    return dn.Ritz(jnp.asarray(values), jnp.asarray(vectors.T))
-
-
-def test_coefficients_of_the_training_set(key):
-    """Unit vectors whose shares in the low Ritz vectors are nine times larger, none in the null space.
-
-    Of 16 values one is null; of the 15 others the 8 lowest count as low, by default 16//2 + 16//20.
-    """
-    ritz = exact_ritz(path_laplacian, 16)
-    r = np.asarray(dn.training_set(key, 4000, ritz))
-    assert r.shape == (4000, 16)
-    np.testing.assert_allclose(np.linalg.norm(r, axis=1), 1, rtol=1e-12)
-    shares = r @ np.asarray(ritz.vectors).T
-    assert abs(shares[:, 0]).max() < 1e-12
-    assert abs(r.sum(1)).max() < 1e-12
-    # Ratios to the last share are the normals' own.  The mean of log|c| has the standard error 1.11/√4000 = 0.018, the
-    # difference of two 0.025; 6 of these are exceeded with probability 2e-9.
-    size = np.log(abs(shares[:, 1:])).mean(0)
-    np.testing.assert_allclose(size - size[-1], np.log([9.0] * 8 + [1.0] * 7), atol=0.15)
-    few = np.asarray(dn.training_set(key, 4000, ritz, low=3, boost=2.0)) @ np.asarray(ritz.vectors).T
-    size = np.log(abs(few[:, 1:])).mean(0)
-    np.testing.assert_allclose(size - size[-1], np.log([2.0] * 3 + [1.0] * 12), atol=0.15)
-
-
-def test_pairs_belong_together_however_rough_the_ritz_vectors(key):
-    start = jnp.asarray(np.random.default_rng(8).standard_normal(40))
-    ritz = dn.ritz_vectors(dn.lanczos(path_laplacian, path_laplacian(start), 6))
-    r, x = jax.jit(partial(dn.training_pairs, count=5, ritz=ritz, operator=path_laplacian))(key)
-    np.testing.assert_allclose(np.linalg.norm(r, axis=1), 1, rtol=1e-12)
-    np.testing.assert_allclose(np.asarray(x) @ dense(path_laplacian, 40), r, atol=1e-12)
-    # With exact eigenvectors the residuals are those of the paper.
-    ritz = exact_ritz(path_laplacian, 16)
-    pairs = dn.training_pairs(key, 5, ritz, path_laplacian)
-    np.testing.assert_allclose(pairs.r, dn.training_set(key, 5, ritz), atol=1e-11)
-
-
-def test_data_names_bad_input(key):
-    ritz = exact_ritz(open_laplacian, 4)
-    with pytest.raises(ValueError, match="count is 0"):
-        dn.training_set(key, 0, ritz)
-    with pytest.raises(ValueError, match="low 5; expected at least 1, and 0 to 4"):
-        dn.training_set(key, 1, ritz, low=5)
-
-
-# --- training ---
-
-
-@pytest.fixture
-def problem():
-    network = dn.DirectionNetwork(**TINY, key=jax.random.key(1))
-    data = dn.training_pairs(jax.random.key(2), 12, exact_ritz(open_laplacian, 16), open_laplacian)
-    return network, dn.Examples(*(rows.astype(jnp.float32) for rows in data))
+# --- files ---
 
 
 def same(a, b):
     return bool(eqx.tree_equal(a, b))
-
-
-@pytest.mark.parametrize("loss", [dn.energy_loss, dn.residual_loss])
-def test_training_reduces_the_loss(problem, loss):
-    network, data = problem
-    settings = {"loss": loss, "steps": 50, "batch": 12, "optimizer": optax.adam(1e-2)}
-    found, info = dn.train(network, open_laplacian, data, key=jax.random.key(0), **settings)
-
-    @eqx.filter_jit
-    def mean(network):
-        return jax.vmap(lambda r, x: loss(open_laplacian, network(r), r, x))(*data).mean()
-
-    assert (info.steps, info.stopped, info.losses.shape) == (50, "steps", (50,))
-    np.testing.assert_allclose(info.losses[0], mean(network), rtol=1e-5)  # single precision
-    assert info.losses[-1] < 0.7 * info.losses[0]
-    assert mean(found) < 0.7 * info.losses[0]
-    assert network.weights[0].dtype == found.weights[0].dtype
-
-
-def test_an_epoch_takes_every_row_once(problem):
-    network, _ = problem
-    rows = jnp.arange(10.0)[:, None] * jnp.ones(16)
-    loss = lambda operator, d, r: r.mean() + 0 * d.sum()  # noqa: E731
-    settings = {"loss": loss, "steps": 25, "batch": 1, "chunk": 7}
-    _, info = dn.train(network, open_laplacian, rows, key=jax.random.key(3), **settings)
-    epochs = info.losses[:20].astype(int).reshape(2, 10)
-    assert (np.sort(epochs) == np.arange(10)).all()
-    assert (epochs[0] != epochs[1]).any()
-    assert len(set(info.losses[20:])) == 5
-
-
-def test_data_can_be_made_at_every_step(problem):
-    network, _ = problem
-    ritz = exact_ritz(open_laplacian, 16)
-    make = eqx.Partial(dn.training_pairs, ritz=ritz, operator=open_laplacian)
-    loss = lambda operator, d, r, x: r[0] + 0 * d.sum()  # noqa: E731
-    _, info = dn.train(network, open_laplacian, make, key=jax.random.key(3), loss=loss, steps=4, batch=2)
-    assert len(set(info.losses)) == 4
-    only = partial(dn.training_set, ritz=ritz)
-    loss = lambda operator, d, r: r[0] + 0 * d.sum()  # noqa: E731
-    _, alone = dn.train(network, open_laplacian, only, key=jax.random.key(3), loss=loss, steps=4, batch=2)
-    np.testing.assert_allclose(alone.losses, info.losses, rtol=1e-10)  # the same coefficients of exact eigenvectors
-
-
-def test_a_step_that_is_not_finite_stops(problem):
-    network, data = problem
-    poisoned = dn.Examples(data.r.at[7].set(jnp.nan), data.x)
-    settings = {"key": jax.random.key(4), "batch": 1, "chunk": 5}
-    with pytest.warns(RuntimeWarning, match="not finite at step"):
-        found, info = dn.train(network, open_laplacian, poisoned, steps=24, **settings)
-    assert info.stopped == "not finite"
-    assert info.steps == len(info.losses) < 12
-    assert np.isfinite(info.losses).all()
-    kept, _ = dn.train(network, open_laplacian, data, steps=info.steps, **settings)
-    assert same(found, kept)
-
-
-class Interrupt(Exception):
-    pass
-
-
-def test_a_resumed_run_is_bit_identical(problem, tmp_path):
-    network, data = problem
-    optimizer = optax.adam(optax.cosine_decay_schedule(1e-2, 17))
-    run = partial(
-        dn.train, network, open_laplacian, data, key=jax.random.key(5), steps=17, batch=5, chunk=4, optimizer=optimizer
-    )
-    whole, info = run()
-    path = tmp_path / "run.npz"
-
-    def interrupt(step, loss, network):
-        if step == 8:
-            raise Interrupt
-
-    with pytest.raises(Interrupt):
-        run(checkpoint=path, callback=interrupt)
-    steps = []
-    resumed, again = run(checkpoint=path, callback=lambda step, loss, network: steps.append(step))
-    assert steps == [12, 16, 17]
-    assert same(whole, resumed)
-    assert again.losses.tolist() == info.losses.tolist()
-    finished, third = run(checkpoint=path)
-    assert same(whole, finished)
-    assert third.steps == 17
-    assert [p.name for p in tmp_path.iterdir()] == ["run.npz"]
-    with pytest.raises(ValueError, match="holds 17 steps"):
-        run(checkpoint=path, steps=16)
-    for change, name in (
-        ({"key": jax.random.key(6)}, "key"),
-        ({"batch": 4}, "batch"),
-        ({"optimizer": optax.adam(1e-2)}, "program"),
-        ({"loss": dn.residual_loss}, "program"),
-    ):
-        with pytest.raises(ValueError, match=f"another .*{name}"):
-            run(checkpoint=path, **change)
-    for arguments, name in (
-        ((network, path_laplacian, data), "program"),
-        ((network, open_laplacian, dn.Examples(data.r, -data.x)), "data"),
-        ((dn.DirectionNetwork(**TINY, key=jax.random.key(7)), open_laplacian, data), "start"),
-    ):
-        with pytest.raises(ValueError, match=f"another .*{name}"):
-            dn.train(*arguments, checkpoint=path, **run.keywords)
-    with pytest.raises(ValueError, match="existing folder"):
-        run(checkpoint=tmp_path / "absent" / "run.npz")
-
-
-def test_half_precision_trains_and_resumes(problem, tmp_path):
-    _, data = problem
-    network = dn.DirectionNetwork(**TINY, dtype=jnp.bfloat16, key=jax.random.key(8))
-    run = partial(dn.train, network, open_laplacian, data, key=jax.random.key(5), checkpoint=tmp_path / "run.npz")
-    first, _ = run(steps=3)
-    again, info = run(steps=3)
-    assert first.weights[1].dtype == jnp.bfloat16
-    assert same(first, again)
-    assert np.isfinite(info.losses).all()
-
-
-def test_callback_and_progress(problem):
-    network, data = problem
-    seen = []
-    console = Console(record=True, force_terminal=True, width=100, file=io.StringIO())
-    settings = {"key": jax.random.key(9), "steps": 9, "chunk": 3, "progress": console}
-    found, info = dn.train(
-        network, open_laplacian, data, callback=lambda *now: seen.append(now) or now[0] == 6, **settings
-    )
-    assert (info.steps, info.stopped) == (6, "callback")
-    assert [(step, loss) for step, loss, _ in seen] == [(3, info.losses[2]), (6, info.losses[5])]
-    assert same(seen[-1][2], found)
-    assert "6/9" in console.export_text()
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"steps": -1}, "steps is -1"),
-        ({"chunk": 0}, "chunk 0"),
-        ({"batch": 13}, "batch is 13"),
-        ({"batch": 0}, "batch is 0"),
-        ({"data": (jnp.ones((3, 16)), jnp.ones((4, 16)))}, r"shapes \[\(3, 16\), \(4, 16\)\]"),
-    ],
-)
-def test_training_names_bad_input(problem, change, message):
-    network, data = problem
-    arguments = {"data": data, "key": jax.random.key(0), "steps": 1} | change
-    with pytest.raises(ValueError, match=message):
-        dn.train(network, open_laplacian, **arguments)
-
-
-# --- files ---
 
 
 @pytest.mark.parametrize(
@@ -573,6 +353,7 @@ def test_training_names_bad_input(problem, change, message):
     [
         {},
         {"activation": None, "bias": False},
+        {"rescaled": True},
         {"dtype": jnp.bfloat16, "activation": jnp.tanh},
         {"dtype": jnp.float64, "channels": 3, "blocks": (2, 1, 3), "dimensions": 2},
     ],
@@ -585,6 +366,7 @@ def test_a_saved_network_comes_back(key, tmp_path, options):
     assert same(network, back)
     assert back.activation is network.activation
     assert (back.dimensions, back.blocks) == (network.dimensions, network.blocks)
+    assert back.rescaled == network.rescaled
     header = dn.facts(path)
     assert header["facts"] == {"command": "train it", "seed": 3}
     assert header["versions"]["jax"] == jax.__version__
@@ -619,3 +401,41 @@ def test_files_of_another_kind_are_refused(key, tmp_path):
             dn.load(path)
     with pytest.raises(FileNotFoundError):
         dn.load(tmp_path / "absent.npz")
+
+
+# --- the weights that come with the package ---
+
+
+@pytest.mark.parametrize(("name", "cells", "most"), [("poisson2d", 32, 0.35), ("poisson3d", 16, 0.35)])
+def test_shipped_weights_save_most_iterations(name, cells, most):
+    """On the domain they were trained on, with a right-hand side that no training data are made of; a part of what
+    conjugate gradients take."""
+    network = dn.shipped(name)
+    domain = dt.training_domain(cells, network.dimensions)
+    a, b = poisson.laplacian(domain), jnp.asarray(gallery.plume(domain, 5))
+    direction = dn.MaskedDirection(network, domain.fluid)
+    x, info = cd.solve(a, b, direction=direction, rtol=1e-6, max_steps=200)
+    _, plain = cd.conjugate_gradient(a, b, rtol=1e-6, max_steps=400)
+    assert info.converged
+    assert plain.converged
+    assert int(info.steps) <= most * int(plain.steps)
+    assert np.linalg.norm(np.where(domain.fluid, b - a(x), 0)) <= 1.001e-6 * np.linalg.norm(b)
+    assert (x[~domain.fluid] == 0).all()
+
+
+@pytest.mark.parametrize("name", ["poisson2d", "poisson3d"])
+def test_shipped_weights_say_how_they_were_made(name):
+    with resources.as_file(dn._shipped_file(name)) as path:
+        header, size = dn.facts(path), path.stat().st_size
+    assert size < 500_000
+    facts = header["facts"]
+    assert f"--name {name}" in facts["command"]
+    assert facts["seed"] == 0
+    assert [dt.Stage(**stage) for stage in facts["stages"]] == list(dt.STAGES[name])
+    assert all(0 < loss < 0.2 for loss in facts["final_loss"])
+    assert {"jax", "equinox", "optax", "numpy"} <= header["versions"].keys()
+
+
+def test_an_unknown_name_lists_the_known_ones():
+    with pytest.raises(ValueError, match=r"no network is called 'stokes'; there are \['poisson2d', 'poisson3d'\]"):
+        dn.shipped("stokes")

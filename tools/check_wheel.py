@@ -23,7 +23,8 @@ def check_contents(wheel: Path) -> None:
     foreign = [n for n in names if n.split("/")[0] not in PACKAGES and ".dist-info/" not in n]
     needed = [f"{package}/{file}" for package in PACKAGES for file in ("__init__.py", "py.typed")]
     needed += ["generative/datasets/digits8x8.npz", "generative/datasets/README.md"]
-    needed += ["solvers/weights/poisson2d.json", "solvers/weights/poisson3d.json"]
+    needed += [f"solvers/weights/{name}" for name in ("poisson2d.json", "poisson3d.json")]
+    needed += [f"solvers/weights/direction_poisson{d}d.npz" for d in (2, 3)]
     missing = [n for n in needed if n not in names]
     if foreign or missing:
         sys.exit(f"{wheel.name}: files that do not belong: {foreign}; files that are missing: {missing}")
@@ -46,7 +47,8 @@ def main(wheel: Path) -> None:
         pip = (python, "-m", "pip", "install", "--quiet", "--constraint", str(CONSTRAINTS.resolve()))
         run(*pip, str(wheel))
         imports = f"import {', '.join(PACKAGES)}; from generative import data; data.load('digits8x8')"
-        imports += "; from solvers import multigrid; multigrid.load('poisson3d')"
+        imports += "; from solvers import conjugate_direction, multigrid"
+        imports += "; multigrid.load('poisson3d'); conjugate_direction.load('poisson3d')"
         run(python, "-c", imports)
         run(*pip, f"{wheel}[checks]")
         run(str(Path(folder) / "bin" / "paper-checks"), "list")

@@ -2,8 +2,8 @@
 
 D1 to D14 are what follows from the algorithm for any direction, so that they are checked with random, nonlinear and
 adversarial ones: the energy error and conjugacy (`energy`), the gain of one step and its absence (`bounds`), short memory,
-locality and 32 bits (`practice`).  P and E are the paper's statements about its trained networks; hand-made directions
-stand in where that checks the statement.
+locality and 32 bits (`practice`).  P and E are the paper's statements about its trained networks, which are not available:
+hand-made directions (`practice`) and networks trained here (`trained`) stand in where that checks a statement.
 """
 
 from paper_checks.conjugate_direction.bounds import (
@@ -26,12 +26,17 @@ from paper_checks.conjugate_direction.energy import (
 from paper_checks.conjugate_direction.practice import (
     convergence,
     doubling,
-    faster,
-    generalisation,
     locality,
     orthogonalisation_helps,
     short_memory,
     single_precision,
+)
+from paper_checks.conjugate_direction.trained import (
+    faster,
+    generalisation,
+    our_comparison,
+    our_domains,
+    our_sizes,
     small_and_size_independent,
 )
 
@@ -48,6 +53,9 @@ __all__ = [
     "loss_bound",
     "orthogonalisation_helps",
     "orthogonality",
+    "our_comparison",
+    "our_domains",
+    "our_sizes",
     "residual_rises",
     "scale_invariance",
     "short_memory",

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 
 from paper_checks.conjugate_direction.common import (
     KINDS,
@@ -16,7 +17,8 @@ from paper_checks.conjugate_direction.common import (
     PAPER,
     N,
     Problem,
-    draw_grid,
+    compiled,
+    draw_grids,
     draw_problems,
     grid_matrix,
     matrix,
@@ -31,7 +33,7 @@ from solvers import conjugate_direction as cd
 ERRORS = (0.05, 0.2, 0.5, 0.9)
 
 
-@functools.partial(jax.jit, static_argnames=("memory",))
+@functools.partial(compiled, static_argnames=("memory",))
 @functools.partial(jax.vmap, in_axes=(0, None, None, None))
 def _perturbed(problem: Problem, error: Any, stretch: Any, memory: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Per step: the factor of the energy error, and the sines between d and e in the energy and the Euclidean product."""
@@ -179,6 +181,14 @@ def released_loop(a: np.ndarray, b: np.ndarray, f: Any, steps: int) -> list[np.n
     return xs
 
 
+def _constant(fixed: Any, tilt: Any, r: Any) -> Any:
+    return fixed + tilt * r
+
+
+def _orthogonal(fixed: Any, tilt: Any, r: Any) -> Any:
+    return fixed - (fixed @ r) / (r @ r) * r + tilt * r
+
+
 @claim(
     PAPER,
     "D9",
@@ -200,20 +210,14 @@ def stagnation(ctx: Context) -> Outcome:
     a = root.T @ root + rational(np.eye(4, dtype=int))
     solution, fixed = rational(draw.integers(1, 9, 4)), rational(np.array([3, -1, 2, 5]))
     b = a @ solution
-    functions = {
-        "constant": lambda r: fixed + tilt * r,
-        "orthogonal": lambda r: fixed - (fixed @ r) / (r @ r) * r + tilt * r,
-    }
     slack, notes = {}, []
-    for case, f in functions.items():
-        xs = released_loop(a, b, f, 3)  # the digits of the control, which goes on, grow threefold a step
+    for case, f in {"constant": _constant, "orthogonal": _orthogonal}.items():
+        # Three steps: the digits of the control, which goes on, grow threefold in each.
+        xs = released_loop(a, b, functools.partial(f, fixed, tilt), 3)
         error = [(solution - x) @ a @ (solution - x) for x in xs]
         slack[f"{case}, the paper's loop"] = float(error[-1] / error[1]) - 1 if len(xs) > 1 else -1.0
         numbers = [jnp.asarray(v.astype(float)) for v in (a, b, fixed)]
-
-        def rounded(r: jax.Array, case: str = case, c: jax.Array = numbers[2]) -> jax.Array:
-            return (c if case == "constant" else c - (c @ r) / (r @ r) * r) + tilt * r
-
+        rounded = Partial(f, numbers[2], jnp.asarray(float(tilt)))
         status = cd.Status(int(cd.solve(numbers[0], numbers[1], direction=rounded, max_steps=60)[1].status))
         slack[f"{case}, the library"] = 1.0 if status == cd.Status.STAGNATED else -1.0
         notes.append(f"{case}: stuck at {float(error[1] / error[0]) ** 0.5:.3f}, 0/0 at step {len(xs)}, {status.name}")
@@ -221,6 +225,9 @@ def stagnation(ctx: Context) -> Outcome:
 
 
 # -- D10: safeguards --------------------------------------------------------------------------------------------------------
+
+
+_matrices = compiled(jax.vmap(matrix))
 
 
 def _host_direction(kind: str, weights: np.ndarray, r: np.ndarray) -> np.ndarray:
@@ -271,7 +278,7 @@ def _spanned(a: np.ndarray, solution: np.ndarray, weights: np.ndarray, kind: str
 )
 def span_safeguard(ctx: Context) -> Outcome:
     problems = draw_problems(jax.random.split(ctx.key, ctx.n(12)), KINDS, 2.0)
-    a = np.asarray(jax.vmap(matrix)(problems))
+    a = np.asarray(_matrices(problems))
     spectrum, vectors = np.linalg.eigh(a)
     kappa = spectrum[:, -1] / spectrum[:, 0]
     # Steepest descent is slowest from a residual that has equal parts of the two extreme eigenvectors.
@@ -291,7 +298,7 @@ def span_safeguard(ctx: Context) -> Outcome:
 FALLIBLE = ("constant", "sign", "sine", "cube", "NaN", "near inverse")
 
 
-@functools.partial(jax.jit, static_argnames=("safe",))
+@functools.partial(compiled, static_argnames=("safe",))
 @functools.partial(jax.vmap, in_axes=(0, 0, None))
 def _guarded(grid: Any, kind: jax.Array, safe: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Steps with the direction, whether it converged, and steps of conjugate gradients."""
@@ -333,7 +340,7 @@ def _guarded(grid: Any, kind: jax.Array, safe: bool) -> tuple[jax.Array, jax.Arr
 )
 def switching(ctx: Context) -> Outcome:
     count = ctx.n(4)
-    grids = jax.vmap(lambda key: draw_grid(key, 10, 1.0))(jax.random.split(ctx.key, count * len(FALLIBLE)))
+    grids = draw_grids(ctx.key, count * len(FALLIBLE), 10, 1.0)
     kinds = jnp.arange(count * len(FALLIBLE)) % len(FALLIBLE)
     steps, converged, alone = (np.asarray(v) for v in _guarded(grids, kinds, ctx.pick(True, alone=False)))
     slack, notes = {}, []
@@ -350,7 +357,7 @@ def switching(ctx: Context) -> Outcome:
 KAPPAS = (2.0, 10.0, 100.0)
 
 
-@jax.jit
+@compiled
 @functools.partial(jax.vmap, in_axes=(0, None, None))
 def _varying(problem: Problem, kappa: jax.Array, adversarial: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Factors of the energy error in 20 steps with full memory, and κ(M A) of the first preconditioner.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,8 +15,9 @@ from paper_checks.conjugate_direction.common import (
     PAPER,
     STEPS,
     Grid,
+    compiled,
     direction,
-    draw_grid,
+    draw_grids,
     grid_matrix,
     quadratic,
     symmetric_gauss_seidel,
@@ -122,20 +122,17 @@ def hestenes_stiefel(a: jax.Array, b: jax.Array, m: jax.Array, steps: int) -> ja
     return jnp.concatenate([zero[None], xs])
 
 
-@functools.lru_cache(maxsize=8)
-def _cg_difference(memory: int, preconditioned: bool) -> Callable[..., jax.Array]:
-    steps = 12 if preconditioned else 25  # before the first Ritz value converges and rounding takes over
-
-    def difference(grid: Grid) -> jax.Array:
-        a = grid_matrix(grid)
-        b = a @ grid.solution
-        m = symmetric_gauss_seidel(a) if preconditioned else jnp.eye(len(a))
-        ours = cd.iterates(lambda v: a @ v, b, steps, direction=lambda r: m @ r, memory=memory).x
-        e = grid.solution - jnp.stack([ours, hestenes_stiefel(a, b, m, steps)])
-        sizes = jnp.sqrt(jnp.einsum("...i,ij,...j", e, a, e))
-        return jnp.max(jnp.abs(sizes[0] - sizes[1])) / sizes[0, 0]
-
-    return jax.jit(jax.vmap(difference))
+@functools.partial(compiled, static_argnames=("memory",))
+@functools.partial(jax.vmap, in_axes=(0, None, None))
+def _cg_difference(grid: Grid, preconditioned: jax.Array, memory: int) -> jax.Array:
+    """Differences of ‖e_k‖_A to the textbook's over ‖e_0‖_A, k = 0 ... 25."""
+    a = grid_matrix(grid)
+    b = a @ grid.solution
+    m = jnp.where(preconditioned, symmetric_gauss_seidel(a), jnp.eye(len(a)))
+    ours = cd.iterates(lambda v: a @ v, b, 25, direction=lambda r: m @ r, memory=memory).x
+    e = grid.solution - jnp.stack([ours, hestenes_stiefel(a, b, m, 25)])
+    sizes = jnp.sqrt(jnp.einsum("...i,ij,...j", e, a, e))
+    return jnp.abs(sizes[0] - sizes[1]) / sizes[0, 0]
 
 
 @claim(
@@ -151,12 +148,13 @@ def _cg_difference(memory: int, preconditioned: bool) -> Callable[..., jax.Array
     source="Derived; the paper's comparison with conjugate gradients presupposes it.",
 )
 def conjugate_gradients(ctx: Context) -> Outcome:
-    grids = jax.vmap(lambda key: draw_grid(key, 10))(jax.random.split(ctx.key, ctx.n(16)))
+    grids = draw_grids(ctx.key, ctx.n(16), 10)
     worst = {}
     for memory in (1, 2):
-        for preconditioned in (False, True):
-            what = f"memory {memory}, {'preconditioned' if preconditioned else 'plain'}"
-            worst[what] = float(_cg_difference(ctx.pick(memory, steepest=0), preconditioned)(grids).max())
+        # Steps before the first Ritz value converges and rounding takes over.
+        for what, preconditioned, steps in (("plain", False, 25), ("preconditioned", True, 12)):
+            found = np.asarray(_cg_difference(grids, preconditioned, ctx.pick(memory, steepest=0)))
+            worst[f"memory {memory}, {what}"] = float(found[:, : steps + 1].max())
     return ctx.cases(
         {what: -v for what, v in worst.items()},
         tolerance=1e-9,
@@ -169,22 +167,21 @@ def conjugate_gradients(ctx: Context) -> Outcome:
 # -- D4: termination ------------------------------------------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=8)
-def _terminating(memory: int | None) -> Callable[..., jax.Array]:
-    """‖e_n‖_A and ‖e_{n-1}‖_A over ‖e_0‖_A on a 5 × 5 × 5 box."""
-
-    def ratio(kind: jax.Array, weights: jax.Array, solution: jax.Array) -> jax.Array:
-        line = 2 * np.eye(5) - np.eye(5, k=1) - np.eye(5, k=-1)
-        one = np.eye(5)
-        a = jnp.asarray(
-            np.kron(np.kron(line, one), one) + np.kron(np.kron(one, line), one) + np.kron(np.kron(one, one), line)
-        )
-        f = direction(kind, weights)
-        e = solution - cd.iterates(lambda v: a @ v, a @ solution, 125, direction=f, memory=memory, passes=2).x
-        sizes = jnp.sqrt(jnp.einsum("ki,ij,kj->k", e, a, e))
-        return sizes[jnp.array([-1, -2])] / sizes[0]
-
-    return jax.jit(jax.vmap(ratio))
+@functools.partial(compiled, static_argnames=("memory",))
+@functools.partial(jax.vmap, in_axes=(0, 0, None))
+def _terminating(key: jax.Array, kind: jax.Array, memory: int | None) -> jax.Array:
+    """‖e_n‖_A and the one before, over ‖e_0‖_A, on a 5 × 5 × 5 box, with random weights and a random solution."""
+    draws = jax.random.normal(key, (126, 125))
+    weights, solution = draws[:125] / np.sqrt(125), draws[125]
+    line = 2 * np.eye(5) - np.eye(5, k=1) - np.eye(5, k=-1)
+    one = np.eye(5)
+    a = jnp.asarray(
+        np.kron(np.kron(line, one), one) + np.kron(np.kron(one, line), one) + np.kron(np.kron(one, one), line)
+    )
+    f = direction(kind, weights)
+    e = solution - cd.iterates(lambda v: a @ v, a @ solution, 125, direction=f, memory=memory, passes=2).x
+    sizes = jnp.sqrt(jnp.einsum("ki,ij,kj->k", e, a, e))
+    return sizes[jnp.array([-1, -2])] / sizes[0]
 
 
 @claim(
@@ -201,10 +198,8 @@ def _terminating(memory: int | None) -> Callable[..., jax.Array]:
 )
 def termination(ctx: Context) -> Outcome:
     kinds = [KINDS.index(k) for k in ("tanh", "sine", "tilted")] * ctx.n(2)
-    keys = jax.random.split(ctx.paper_key, (len(kinds), 2))
-    weights = jax.vmap(lambda k: jax.random.normal(k, (125, 125)) / np.sqrt(125))(keys[:, 0])
-    solutions = jax.vmap(lambda k: jax.random.normal(k, (125,)))(keys[:, 1])
-    last = np.asarray(_terminating(ctx.pick(None, two=2, ten=10))(jnp.array(kinds), weights, solutions))
+    keys = jax.random.split(ctx.paper_key, len(kinds))
+    last = np.asarray(_terminating(keys, jnp.array(kinds), ctx.pick(None, two=2, ten=10)))
     slack = {f"{KINDS[k]} {i}": 1e-10 - v for i, (k, v) in enumerate(zip(kinds, last[:, 0], strict=True))}
     note = f"last error at most {last[:, 0].max():.1e} of the first, the one before at least {last[:, 1].min():.1e}"
     return ctx.cases(slack, our_value=float(last[:, 0].max()), note=note, validity="searched")
