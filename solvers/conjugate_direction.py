@@ -568,6 +568,8 @@ def _compiled(
     for name, f in zip(names, (operator, direction, fallback), strict=True):
         if f is not None:
             check_shape(caller, name, f, b)
+    if isinstance(operator, Stencil):  # what they say of other cells does not matter
+        b, x0 = (None if v is None else jnp.where(operator.unknown, v, 0) for v in (b, x0))
     # Arrays that the functions close over, tracers included, become visible and so can have derivatives.
     operator = eqx.filter_closure_convert(operator, b)
     low = b if plan.low is None else b.astype(plan.low)
@@ -617,6 +619,8 @@ def _finish(system: System, x: Array, info: Info, throw: bool) -> tuple[Array, I
     """Outside transformations: the residual of an explicit matrix in float64, and the exception."""
     if isinstance(x, jax.core.Tracer):
         return x, info
+    if int(info.status) == Status.NOT_FINITE and int(info.steps) == 0 and (bad := int((~jnp.isfinite(system.b)).sum())):
+        raise ValueError(f"{system.caller}: b has {bad} entries that are not finite, expected none")
     if system.matrix is not None and x.dtype != jnp.float64:
         info = in_float64(
             system.matrix, system.b, x, info, float(system.rtol) / system.share, float(system.atol) / system.share
@@ -631,7 +635,8 @@ def in_float64(A: Any, b: Array, x: Array, info: Any, rtol: float, atol: float) 
 
     A is a dense or sparse matrix or a stencil; info has the fields of `Info` that are concerned.
     """
-    size = float(np.linalg.norm(np.asarray(b, np.float64)))
+    inside = np.asarray(A.unknown) if isinstance(A, Stencil) else True
+    size = float(np.linalg.norm(np.where(inside, np.asarray(b, np.float64), 0)))
     norm = float(np.linalg.norm(exact_residual(A, b, x)))
     met = norm <= max(rtol * size, atol)
     status = Status.CONVERGED if met else Status.PRECISION if info.converged else Status(int(info.status))

@@ -60,8 +60,6 @@ def checked(caller: str, A: Any, b: Any, x0: Any, rtol: float | Array, atol: flo
     b = b.astype(dtype)
     if b.size == 0:
         raise ValueError(f"{caller}: b has shape {b.shape}, expected at least one entry")
-    if not isinstance(b, jax.core.Tracer) and not bool(jnp.isfinite(b).all()):
-        raise ValueError(f"{caller}: b has {int((~jnp.isfinite(b)).sum())} entries that are not finite, expected none")
     if x0 is not None:
         x0 = jnp.asarray(x0).astype(dtype)
         if x0.shape != b.shape:
@@ -77,8 +75,6 @@ def checked(caller: str, A: Any, b: Any, x0: Any, rtol: float | Array, atol: flo
     if not (isinstance(atol, jax.core.Tracer) or atol >= 0):
         raise ValueError(f"{caller}: atol is {atol}, expected a number >= 0")
     operator, matrix = as_operator(caller, "A", A, b)
-    if isinstance(A, Stencil) and A.shape == b.shape:  # what they say of other cells does not matter
-        b, x0 = (None if v is None else jnp.where(A.unknown, v, 0) for v in (b, x0))
     if matrix is not None and not isinstance(matrix, Stencil):
         _check_matrix(caller, matrix)
     share = 0.5 if matrix is not None and dtype != jnp.float64 and not isinstance(b, jax.core.Tracer) else 1.0
