@@ -35,9 +35,12 @@ def test_readme_and_guide_examples_of_vi() -> None:
 def test_readme_and_guide_examples_of_poisson_problems() -> None:
     for page in ("README.md", "docs/poisson.md"):
         names: dict = {}
-        for example in [e for e in examples(page) if "poisson." in e]:
+        for example in [e for e in examples(page) if "poisson." in e or "conjugate_direction." in e]:
             exec(compile(example, page, "exec"), names)
-        assert bool(names["info"].converged) and int(names["info"].steps) <= 8, page
+            assert bool(names["info"].converged), example
+            # The learned cycle; what the others need, their pages say.
+            assert int(names["info"].steps) <= 8 or "conjugate_direction." in example or "baselines." in example
+            assert names.get("failed", 0) == 0
 
 
 def test_guide_example_is_a_claim_that_holds() -> None:
