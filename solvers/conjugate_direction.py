@@ -569,7 +569,8 @@ def _compiled(
         if f is not None:
             check_shape(caller, name, f, b)
     if isinstance(operator, Stencil):  # what they say of other cells does not matter
-        b, x0 = (None if v is None else jnp.where(operator.unknown, v, 0) for v in (b, x0))
+        b = jnp.where(operator.unknown, b, 0)
+        x0 = None if x0 is None else jnp.where(operator.unknown, x0, 0)
     # Arrays that the functions close over, tracers included, become visible and so can have derivatives.
     operator = eqx.filter_closure_convert(operator, b)
     low = b if plan.low is None else b.astype(plan.low)
