@@ -58,7 +58,7 @@ def measure_case(domain_name: str, n: int, names: list[str], given: argparse.Nam
             console.log(f"{name}: left out ({error})")
             continue
         kept = ready[name].kept / int(domain.fluid.sum())
-        rows[name] = {"setup": setup, "bytes per unknown": kept, "tolerances": {}}
+        rows[name] = {"setup": setup, "bytes per unknown": kept, "threads": METHODS[name].threads, "tolerances": {}}
         if METHODS[name].compiled:
             ready[name].solve(b, 1e-2)
     for tolerance in TOLERANCES:
@@ -109,7 +109,7 @@ def show(case: dict[str, Any], console: Any) -> None:
     table = Table(title=f"{case['domain']}, {case['cells']}³ cells, {case['unknowns']} unknowns")
     table.add_column("method", no_wrap=True)
     iterations = [f"{t:g}: it. · s" for t in TOLERANCES]
-    for column in ("set-up s", "B/unknown", *iterations, "1e-6: s / ours", "with set-up"):
+    for column in ("set-up s", "B/unknown", *iterations, "products", "1e-6: s / ours", "with set-up"):
         table.add_column(column, no_wrap=True)
     for name, row in case["methods"].items():
         cells = []
@@ -120,9 +120,12 @@ def show(case: dict[str, Any], console: Any) -> None:
                 if at is None
                 else f"{at['iterations']} · {np.median(at['seconds']):.3f}{'' if at['reached'] else ' (missed)'}"
             )
+        products = row["tolerances"].get("1e-06", {}).get("products")  # work at 1e-6, in products with A
+        cells.append("" if products is None else f"{products:.0f}")
         ratios = [ratio(case, name, "1e-06", setup) for setup in (False, True)]
         shown = ["" if r is None else f"{r[0]:.2f} [{r[1]:.2f}, {r[2]:.2f}]" for r in ratios]
-        table.add_row(name, f"{row['setup']:.3f}", f"{row['bytes per unknown']:.0f}", *cells, *shown)
+        label = name if row.get("threads", "all") == "all" else f"{name} (one core)"
+        table.add_row(label, f"{row['setup']:.3f}", f"{row['bytes per unknown']:.0f}", *cells, *shown)
     console.print(table)
 
 

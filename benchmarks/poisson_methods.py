@@ -64,19 +64,21 @@ def ours(make: Callable[[Stencil], Any], dtype: Any = jnp.float64) -> Callable[[
 
     def prepare(domain: poisson.Domain) -> Prepared:
         a = _laplacian(domain)
-        m = jax.block_until_ready(made(a))
-
-        def solve(b: np.ndarray, rtol: float) -> Solved:
-            x, info = conjugate_direction.conjugate_gradient(
-                a, jnp.asarray(b, dtype), m, rtol=rtol, max_steps=MOST, check=False
-            )
-            jax.block_until_ready(x)
-            steps = int(info.steps)
-            return Solved(x, steps, np.asarray(info.residuals)[1 : steps + 1])
-
-        return Prepared(solve, size((a, m)))
+        return iterated(a, jax.block_until_ready(made(a)), dtype)
 
     return prepare
+
+
+def iterated(a: Stencil, m: Any, dtype: Any = jnp.float64) -> Prepared:
+    def solve(b: np.ndarray, rtol: float) -> Solved:
+        x, info = conjugate_direction.conjugate_gradient(
+            a, jnp.asarray(b, dtype), m, rtol=rtol, max_steps=MOST, check=False
+        )
+        jax.block_until_ready(x)
+        steps = int(info.steps)
+        return Solved(x, steps, np.asarray(info.residuals)[1 : steps + 1])
+
+    return Prepared(solve, size((a, m)))
 
 
 def paper_network(domain: poisson.Domain) -> Prepared:
@@ -99,8 +101,7 @@ def incomplete(relaxation: float) -> Callable[[poisson.Domain], Prepared]:
 
     def prepare(domain: poisson.Domain) -> Prepared:
         a = _laplacian(domain)
-        m = baselines.incomplete_cholesky(a, relaxation)
-        return ours(lambda _: m)(domain)
+        return iterated(a, baselines.incomplete_cholesky(a, relaxation))
 
     return prepare
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from chains import open_laplacian, path_laplacian, positive
 from scipy.ndimage import correlate
 
 from solvers import conjugate_direction as cd
@@ -19,25 +20,6 @@ from solvers import gallery, poisson
 pytestmark = pytest.mark.usefixtures("x64", "quick_compilation")
 
 TINY = {"dimensions": 1, "blocks": (1, 1, 1), "channels": 4}
-
-
-def path_laplacian(v):
-    """The chain of cells with a wall at both ends: singular, the constants are its null space."""
-    steps = jnp.diff(v)
-    return jnp.pad(steps, (1, 0)) - jnp.pad(steps, (0, 1))
-
-
-def open_laplacian(v):
-    """The chain with zero pressure beyond both ends."""
-    padded = jnp.pad(v, 1)
-    return 2 * v - padded[2:] - padded[:-2]
-
-
-def positive(seed, n, condition=50.0):
-    """A random symmetric matrix with eigenvalues from 1 to `condition`."""
-    q, _ = np.linalg.qr(np.random.default_rng(seed).standard_normal((n, n)))
-    a = (q * np.geomspace(1, condition, n)) @ q.T
-    return (a + a.T) / 2
 
 
 def with_random_biases(network, key):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from chains import dense, open_laplacian, path_laplacian
 from rich.console import Console
 
 from solvers import direction_data as dd
@@ -19,22 +20,6 @@ from solvers.poisson import AIR, SOLID
 pytestmark = pytest.mark.usefixtures("x64", "quick_compilation")
 
 TINY = {"dimensions": 1, "blocks": (1, 1, 1), "channels": 4}
-
-
-def path_laplacian(v):
-    """The chain of cells with a wall at both ends: singular, the constants are its null space."""
-    steps = jnp.diff(v)
-    return jnp.pad(steps, (1, 0)) - jnp.pad(steps, (0, 1))
-
-
-def open_laplacian(v):
-    """The chain with zero pressure beyond both ends."""
-    padded = jnp.pad(v, 1)
-    return 2 * v - padded[2:] - padded[:-2]
-
-
-def dense(operator, n):
-    return np.asarray(jax.vmap(operator)(jnp.eye(n)))
 
 
 def exact_ritz(operator, n):
