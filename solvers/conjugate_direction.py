@@ -46,6 +46,9 @@ from solvers.stencil import Stencil
 UNROLLED = 4
 """Up to so many directions are projected out by straight code, which has a derivative in reverse mode."""
 
+LOST_DIGITS = 1e-6
+"""Once a residual in float32 has fallen by so much, it is computed afresh."""
+
 
 class Status(enum.IntEnum):
     """How a run ended.  `message` says it in words."""
@@ -202,6 +205,7 @@ def conjugate_gradient(
     rtol: float | Array = 1e-6,
     atol: float | Array = 0.0,
     max_steps: int = 1000,
+    direction_dtype: DTypeLike | None = None,
     recompute_every: int = 50,
     check: bool = True,
     throw: bool = False,
@@ -209,6 +213,11 @@ def conjugate_gradient(
     """Preconditioned conjugate gradients (Hestenes and Stiefel 1952, Fletcher-Reeves β), everything else as in `solve`.
 
     Three scalar products a step: what can go wrong is looked into when the Rayleigh quotient of the step is suspicious.
+
+    direction_dtype  jnp.float32 with b in float64: residuals, directions and M in float32, which halves what a step moves
+                     through memory; x, products with A and the residual that decides stay in float64.  The residual is
+                     computed afresh whenever it has lost six digits.  For an M so good that few steps are needed:
+                     directions in float32 stay A-orthogonal to fewer of those before
 
     M is a linear symmetric positive definite approximation of A⁻¹.  With any other the two-term recursion loses more than
     `solve(..., direction=M, memory=0)` gains, so `check` tries linearity and symmetry on two vectors (three applications,
@@ -219,7 +228,13 @@ def conjugate_gradient(
     m, _ = as_operator("conjugate_gradient", "M", residual if M is None else M, system.b)
     if check and M is not None and not getattr(M, "symmetric", False) and not isinstance(system.b, jax.core.Tracer):
         check_linear(m, system.b)
-    plan = _Plan("fletcher-reeves", 0, max_steps, 1, False, recompute_every, 1, None)
+    low = None if direction_dtype is None else jnp.dtype(direction_dtype)
+    if low not in (None, jnp.float32, system.b.dtype):
+        raise ValueError(
+            f"conjugate_gradient: direction_dtype is {low}, expected float32 or that of b, {system.b.dtype}"
+        )
+    low = None if low == system.b.dtype else low
+    plan = _Plan("fletcher-reeves", 0, max_steps, 1, False, recompute_every, 1, None if low is None else low.name)
     return _finish(
         system,
         *_compiled(system.caller, system.operator, system.b, system.x0, m, None, system.rtol, system.atol, plan),
@@ -346,8 +361,8 @@ def _remember(memory: _Memory, p: Array, image: Array, curvature: Array, plan: _
 
 def _empty(b: Array, plan: _Plan) -> Any:  # the memory that the step of the plan takes
     if plan.scheme == "fletcher-reeves":
-        infinite = jnp.asarray(jnp.inf, b.dtype)  # makes the first β zero, and the first step suspicious
-        return _Previous(jnp.zeros_like(b), infinite, infinite)
+        infinite = jnp.asarray(jnp.inf, _working(b, plan))  # makes the first β zero, and the first step suspicious
+        return _Previous(jnp.zeros_like(b, infinite.dtype), infinite, infinite)
     kept = jnp.zeros((plan.memory, *b.shape), b.dtype)
     return _Memory(jnp.int32(0), kept, kept, jnp.ones(plan.memory, b.dtype))
 
@@ -372,14 +387,15 @@ def _two_term_step(
     s: _State, before: _Previous, operator: Operator, preconditioner: Operator, plan: _Plan
 ) -> tuple[_State, _Previous, Array]:
     """One step of conjugate gradients, where pᵀr = rᵀz; memory and normalisation have no meaning here."""
-    z = preconditioner(s.r)
+    operator, preconditioner = _varying(s.steps, (operator, preconditioner))
+    z = preconditioner(s.r).astype(s.r.dtype)
     slope = dot(s.r, z)
     p = z + slope / before.slope * before.p
-    image = operator(p)
+    image = _once(lambda v: operator(v.astype(s.x.dtype)).astype(v.dtype), p, s.steps)
     curvature = dot(p, image)
     # Between the extreme eigenvalues of MA, unless something is wrong: far below what it was before, it is worth a look.
     quotient = curvature / slope
-    sound = (slope > 0) & (quotient > np.sqrt(jnp.finfo(s.x.dtype).eps) * before.largest) & jnp.isfinite(quotient)
+    sound = (slope > 0) & (quotient > np.sqrt(jnp.finfo(p.dtype).eps) * before.largest) & jnp.isfinite(quotient)
     status, top = jax.lax.cond(
         sound,
         lambda: (jnp.int32(_RUNNING), s.top),
@@ -390,11 +406,25 @@ def _two_term_step(
     return _moved(s, p, image, curvature, slope, status, top), _Previous(p, slope, largest), p
 
 
+def _varying(steps: Array, tree: Any) -> Any:
+    """The tree with integer arrays that XLA cannot take for constants of the loop.  It would make reals of them outside, and
+    the loop would move four or eight times the bytes that a stencil with an int8 diagonal needs."""
+    return jax.tree.map(
+        lambda v: jnp.where(steps >= 0, v, 0) if eqx.is_array(v) and jnp.issubdtype(v.dtype, jnp.integer) else v, tree
+    )
+
+
+def _once(f: Operator, v: Array, steps: Array) -> Array:
+    """f(v) behind a loop of one turn, a number that XLA cannot know: on CPUs it would else compute a stencil anew for each
+    use of its values.  Has no derivative in reverse mode."""
+    return jax.lax.fori_loop(0, (steps >= 0).astype(jnp.int32), lambda _, __: f(v), v)
+
+
 def _verdict(
     s: _State, d: Array, q: Array, image: Array, curvature: Array, slope: Array
 ) -> tuple[Int[Array, ""], Float[Array, ""]]:
     """Whether there is a step along q, made of d, or why not; and the scale of A as far as seen."""
-    zero = ROUNDINGS * jnp.finfo(s.x.dtype).eps
+    zero = ROUNDINGS * jnp.finfo(q.dtype).eps
     size = euclidean(q)
     top = jnp.maximum(s.top, euclidean(image) / jnp.where(size > 0, size, 1))
     flat = zero * top * size**2
@@ -415,20 +445,27 @@ def _moved(s: _State, q: Array, image: Array, curvature: Array, slope: Array, st
     """The state after the exact line search along q, if there is a step."""
     go = status == _RUNNING
     alpha = jnp.where(go, slope / jnp.where(go, curvature, 1), 0)
-    x, r = (jnp.where(go, new, old) for new, old in ((s.x + alpha * q, s.x), (s.r - alpha * image, s.r)))
-    steps, norm = s.steps + go, euclidean(r)
+    # The same α q in x and, through A, in r: what a product in a lower precision rounds off would be in x alone.
+    moved = s.x + alpha.astype(s.x.dtype) * q.astype(s.x.dtype)
+    x, r = (jnp.where(go, new, old) for new, old in ((moved, s.x), (s.r - alpha * image, s.r)))
+    steps, norm = s.steps + go, euclidean(r).astype(s.x.dtype)
     return _State(x, r, norm, s.exact, top, s.residuals.at[steps].set(norm), steps, status)
 
 
 def _start(operator: Operator, b: Array, x0: Array | None, plan: _Plan) -> _State:
     x = jnp.zeros_like(b) if x0 is None else jnp.where(jnp.any(b != 0), x0, 0)  # the solution of Ax = 0 is zero
-    r = b if x0 is None else b - operator(x)
-    norm = euclidean(r)
+    r = (b if x0 is None else b - operator(x)).astype(_working(b, plan))
+    norm = euclidean(r).astype(b.dtype)
     # Conjugate gradients look at their first step in any case.
     seen = euclidean(operator(r)) if plan.scheme == "gram-schmidt" else jnp.zeros_like(norm)
     top = seen / jnp.where(norm > 0, norm, 1)
     residuals = jnp.full(plan.max_steps + 1, jnp.nan, b.dtype).at[0].set(norm)
     return _State(x, r, norm, norm, top, residuals, jnp.int32(0), jnp.int32(_RUNNING))
+
+
+def _working(b: Array, plan: _Plan) -> Any:
+    """The dtype of residuals and directions: the paper's steps only hand theirs to the direction in a lower one."""
+    return jnp.dtype(plan.low) if plan.low is not None and plan.scheme == "fletcher-reeves" else b.dtype
 
 
 def _iterate(
@@ -442,25 +479,26 @@ def _iterate(
     plan: _Plan,
 ) -> tuple[Array, Info]:
     """The whole run.  b is scaled to entries of at most one, so that no norm can overflow or vanish."""
-    scale = jnp.max(jnp.abs(b), initial=0)
+    scale = jnp.maximum(jnp.max(b, initial=0), -jnp.min(b, initial=0))
     scale = jnp.where((scale > 0) & jnp.isfinite(scale), scale, 1)
     b, atol = b / scale, atol / scale
-    size = euclidean(b)
+    start = _start(operator, b, None if x0 is None else x0 / scale, plan)
+    size = start.norm if x0 is None else euclidean(b)
     unit = jnp.where(size > 0, size, 1)
     target = jnp.maximum(rtol * size, atol)
-    start = _start(operator, b, None if x0 is None else x0 / scale, plan)
     status = jnp.where(start.norm <= target, Status.CONVERGED, _RUNNING)
     start = start._replace(status=jnp.where(jnp.isfinite(start.norm), status, Status.NOT_FINITE).astype(jnp.int32))
 
     def afresh(s: _State) -> _State:
         """The state with its residual recomputed, and with the verdict that only this permits."""
-        r = b - operator(s.x)
+        r = _once(lambda x: b - operator(x), s.x, s.steps) if plan.scheme == "fletcher-reeves" else b - operator(s.x)
         norm, drift = euclidean(r), euclidean(r - s.r)
         # Rounding has taken over when the two residuals have little in common and the true one has ceased to fall.
         floor = (drift > 0.5 * norm) & (norm > 0.5 * s.exact) & (s.status == _RUNNING)
         status = jnp.where(norm <= target, Status.CONVERGED, jnp.where(floor, Status.PRECISION, s.status))
         status = jnp.where(jnp.isfinite(norm), status, Status.NOT_FINITE).astype(jnp.int32)
-        return s._replace(r=r, norm=norm, exact=norm, status=status, residuals=s.residuals.at[s.steps].set(norm))
+        residuals = s.residuals.at[s.steps].set(norm)
+        return s._replace(r=r.astype(s.r.dtype), norm=norm, exact=norm, status=status, residuals=residuals)
 
     def run(
         s: _State, f: Operator, plan: _Plan, goal: Array, extended: Callable[[_State], Array] | None = None
@@ -473,8 +511,11 @@ def _iterate(
             s, memory, goal = carry
             until = jnp.minimum(goal, s.steps + plan.recompute_every)
 
+            # In a lower precision the recursion knows the residual to about 1e-7 of where it began.
+            enough = target if start.r.dtype == b.dtype else jnp.maximum(target, LOST_DIGITS * s.exact)
+
             def more(c: tuple[_State, Any]) -> Array:
-                return (c[0].status == _RUNNING) & (c[0].steps < until) & (c[0].norm > target)
+                return (c[0].status == _RUNNING) & (c[0].steps < until) & (c[0].norm > enough)
 
             s, memory = jax.lax.while_loop(more, lambda c: step(*c, operator, f, plan)[:2], (s, memory))
             s = afresh(s)

@@ -113,8 +113,12 @@ class Preconditioner(eqx.Module):
     symmetric: ClassVar[bool] = True  # by construction: `conjugate_gradient` need not try
 
     def __call__(self, r: Float[Array, "*grid"]) -> Float[Array, "*grid"]:
-        z = _corrected(self, jnp.where(self.levels[0].unknown, r, 0).astype(self.inverse.dtype), 0)
-        return z.astype(r.dtype)
+        return cycled(self, jnp.where(self.levels[0].unknown, r, 0))
+
+
+def cycled(m: Preconditioner, r: Float[Array, "*grid"]) -> Float[Array, "*grid"]:
+    """`m(r)` for an r that is zero outside the unknowns, which saves a pass over memory."""
+    return _corrected(m, r.astype(m.inverse.dtype), 0).astype(r.dtype)
 
 
 def preconditioner(a: Stencil | Hierarchy, cycle: Cycle | None = None, dtype: Any = jnp.float32) -> Preconditioner:
@@ -174,7 +178,11 @@ def _smoothed(a: Stencil, inverse: Array | None, r: Array, x: Array, steps: Arra
     def step(x: Array, w: Array) -> tuple[Array, None]:
         if inverse is not None:
             return x + w * inverse * (r - apply(a, x)), None
-        return jnp.where(a.unknown, (1 - w) * x + (w / _safe(a, x.dtype)) * (r + neighbours(a, x)), 0), None
+        # That the diagonal depends on w keeps XLA from storing it as reals outside of the loop, four times the bytes.
+        d = jnp.where(jnp.isfinite(w), a.diagonal, 0)
+        return jnp.where(
+            d > 0, (1 - w) * x + (w / jnp.where(d > 0, d.astype(x.dtype), 1)) * (r + neighbours(a, x)), 0
+        ), None
 
     return lax.scan(step, x, steps)[0]
 

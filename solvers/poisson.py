@@ -19,12 +19,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.ndimage
+from jax.tree_util import Partial
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from solvers import conjugate_direction, multigrid
 from solvers.operators import check_linear
-from solvers.stencil import Stencil
+from solvers.stencil import Stencil, apply
 
 SOLID, FLUID, AIR = 1, 2, 3
 _NAMES = {SOLID: "SOLID", FLUID: "FLUID", AIR: "AIR"}
@@ -307,8 +308,13 @@ def _pressure(
     a = laplacian(domain)
     b = jnp.where(a.unknown, b, 0)
     m = multigrid.preconditioner(a) if preconditioner is None else preconditioner
+    low = None
+    if isinstance(m, multigrid.Preconditioner):
+        m, low = Partial(multigrid.cycled, m), m.inverse.dtype
+    # The right-hand side and a first guess are zero outside the unknowns, and so is all that is made of them.
+    x0 = None if x0 is None else jnp.where(a.unknown, x0, 0)
     p, info = conjugate_direction.conjugate_gradient(
-        a, b, m, x0=x0, rtol=rtol, atol=atol, max_steps=max_steps, check=False
+        Partial(apply, a), b, m, x0=x0, rtol=rtol, atol=atol, max_steps=max_steps, direction_dtype=low, check=False
     )
     p, _ = remove_means(domain, jnp.where(a.unknown, p, 0))
     removed = jnp.abs(means) / jnp.where(scale > 0, scale, 1)

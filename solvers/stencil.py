@@ -95,9 +95,8 @@ def factors(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def aggregated(x: Array, by: tuple[int, ...]) -> Array:
     """Sums over blocks of cells; the grid is filled up with zeros to whole blocks."""
-    x = jnp.pad(x, [(0, -n % f) for n, f in zip(x.shape, by, strict=True)])
-    split = [k for n, f in zip(x.shape, by, strict=True) for k in (n // f, f)]
-    return x.reshape(split).sum(tuple(range(1, 2 * x.ndim, 2)))
+    # By a window and not by reshaping: XLA would fuse that sum with what computes x, and then takes five times as long.
+    return lax.reduce_window(x, 0.0, lax.add, by, by, [(0, -n % f) for n, f in zip(x.shape, by, strict=True)])
 
 
 def repeated(x: Array, by: tuple[int, ...], shape: tuple[int, ...]) -> Array:

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from solvers import conjugate_direction as cd
-from solvers import gallery, poisson
+from solvers import gallery, multigrid, poisson
 from solvers.conjugate_direction import Status
+from solvers.operators import dot
 from solvers.stencil import residual
 
 DIRECTIONS = {
@@ -184,6 +185,47 @@ def test_low_precision_directions_reach_high_precision(x64, name):
     x, info = cd.solve(a, b, direction=lambda r: inverse @ r, direction_dtype=name, rtol=1e-10)
     assert info.converged and relative(a, b, x) <= 1.001e-10
     assert int(info.steps) <= 12
+
+
+@pytest.mark.parametrize("rtol", [1e-6, 1e-12])
+def test_a_recursion_in_float32_reaches_float64(x64, rtol):
+    """As κ = 16 000 is far above what float32 could solve to 1e-6, x and the residual that decides are not in it."""
+    domain = gallery.smoke_sphere(24, seed=3)
+    a = poisson.laplacian(domain)
+    m = multigrid.preconditioner(a)
+    b = jnp.where(a.unknown, 1.0 + jax.random.normal(jax.random.key(1), domain.shape, jnp.float64), 0)
+    x, info = cd.conjugate_gradient(a, b, m, rtol=rtol, direction_dtype=jnp.float32)
+    assert info.converged and x.dtype == np.float64
+    left = np.linalg.norm(residual(a, np.asarray(x), np.asarray(b))) / np.linalg.norm(b)
+    assert left <= 1.01 * rtol
+    np.testing.assert_allclose(info.residual, left, rtol=1e-3, atol=1e-13)  # two ways of rounding in float64
+    _, full = cd.conjugate_gradient(a, b, m, rtol=rtol)
+    assert int(info.steps) <= int(full.steps) + 1
+
+
+def test_derivatives_through_a_recursion_in_float32(x64):
+    domain = gallery.smoke_sphere(10, 2)
+    a = poisson.laplacian(domain)
+    m = multigrid.preconditioner(a)
+    b, u = (jnp.where(a.unknown, v, 0) for v in jax.random.normal(jax.random.key(2), (2, *domain.shape), jnp.float64))
+
+    def solved(b, low):
+        return jnp.vdot(u, cd.conjugate_gradient(a, b, m, rtol=1e-10, direction_dtype=low, check=False)[0])
+
+    np.testing.assert_allclose(jax.grad(solved)(b, jnp.float32), jax.grad(solved)(b, None), atol=1e-8)
+
+
+def test_the_dtype_of_a_recursion_is_checked(x64):
+    with pytest.raises(ValueError, match="direction_dtype is bfloat16, expected float32 or that of b, float64"):
+        cd.conjugate_gradient(2 * np.eye(4), np.ones(4), direction_dtype=jnp.bfloat16)
+
+
+@pytest.mark.parametrize("shape", [(64, 256, 128), (63, 129, 127), (1 << 21,)])
+def test_a_product_of_a_million_terms_keeps_the_digits_of_float32(shape):
+    draw = np.random.default_rng(5)
+    u, v = (draw.uniform(0, 1, shape).astype(np.float32) for _ in range(2))
+    # Added up in turn, 2e6 terms are off by up to 2e6 roundings, and by 5e-4 for these; in parts by a few.
+    np.testing.assert_allclose(jax.jit(dot)(u, v), np.sum(u.astype(float) * v), rtol=2e-6)
 
 
 def test_without_64_bits():

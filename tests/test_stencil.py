@@ -118,6 +118,15 @@ def test_a_coarse_stencil_is_the_scaled_product(problem):
 
 
 @pytest.mark.parametrize("shape", [(5, 4), (3, 6, 2), (7, 1, 2)])
+def test_aggregated_sums_over_blocks(shape, key):
+    x = np.asarray(jax.random.normal(key, shape))
+    by = stencil.factors(shape)
+    for axis, f in enumerate(by):
+        x = np.add.reduceat(x, np.arange(0, x.shape[axis], f), axis)
+    np.testing.assert_allclose(stencil.aggregated(jax.random.normal(key, shape), by), x, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(5, 4), (3, 6, 2), (7, 1, 2)])
 def test_repeated_is_the_transpose_of_aggregated(shape, key):
     by = stencil.factors(shape)
     x = jax.random.normal(key, shape)
