@@ -308,9 +308,9 @@ def _pressure(
     a = laplacian(domain)
     b = jnp.where(a.unknown, b, 0)
     m = multigrid.preconditioner(a) if preconditioner is None else preconditioner
-    low = None
-    if isinstance(m, multigrid.Preconditioner):
-        m, low = Partial(multigrid.cycled, m), m.inverse.dtype
+    ours = isinstance(m, multigrid.Preconditioner)
+    low = m.inverse.dtype if ours else None
+    m = Partial(multigrid.cycled, m) if ours else m
     # The right-hand side and a first guess are zero outside the unknowns, and so is all that is made of them.
     x0 = None if x0 is None else jnp.where(a.unknown, x0, 0)
     p, info = conjugate_direction.conjugate_gradient(

@@ -1,0 +1,440 @@
+"""P1 to P7: what an input-convex network is (a proximal map), and what its weights say of the prior."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from paper_checks.harness.claim import Outcome, claim
+from paper_checks.harness.context import Context
+from paper_checks.proximal.common import PAPER
+from solvers import proximal
+from solvers.proximal.network import Certified, Layer, LearnedProximal, constrained, jacobian
+
+SIZES = (1, 4)
+MANY = 8
+SIGNALS = 24
+
+# Much is compiled here and little computed: without the costly optimisations most of these claims take half the time.
+compiled = functools.partial(
+    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+)
+
+
+def random_network(key: jax.Array, n: int, alpha: float = 0.1) -> LearnedProximal:
+    """Three layers with weights that are not small: slopes from α to about ten."""
+    net = proximal.mlp(key, n, hidden=12, layers=2, beta=8.0, alpha=alpha, dtype=jnp.float64)
+    first = eqx.tree_at(lambda m: m.layers[0].weight, net, net.layers[0].weight * math.sqrt(n))
+    return eqx.tree_at(lambda m: m.output, first, 3 * net.output)
+
+
+def networks(ctx: Context, n: int, alpha: float = 0.1) -> LearnedProximal:
+    """MANY of them, stacked along a first axis."""
+    keys = jax.random.split(jax.random.fold_in(ctx.key, n), ctx.n(MANY))
+    return jax.vmap(lambda key: random_network(key, n, alpha))(keys)
+
+
+def all_certified(nets: LearnedProximal) -> list[Certified]:
+    return [proximal.certified(jax.tree.map(lambda w, k=k: w[k], nets)) for k in range(len(nets.output))]
+
+
+def signals(ctx: Context, n: int, spread: float = 2.0, count: int = SIGNALS) -> jax.Array:
+    return spread * jax.random.normal(jax.random.fold_in(ctx.key, 1000 + n), (count, n), jnp.float64)
+
+
+def over(f: Any) -> Any:
+    """f(network, y) for all networks and all signals."""
+    return compiled(jax.vmap(jax.vmap(f, (None, 0)), (0, None)))
+
+
+def largest(net: LearnedProximal, y: jax.Array) -> jax.Array:
+    return jnp.linalg.eigvalsh(jacobian(net, y))[-1]
+
+
+def prior_at(net: LearnedProximal, z: jax.Array) -> jax.Array:
+    """R(f(z)), which needs no inversion."""
+    x = net(z)
+    return jnp.vdot(x, z) - jnp.vdot(x, x) / 2 - net.potential(z)
+
+
+# -- P1: proximal maps are gradients of convex functions --------------------------------------------------------------------
+
+
+def _asymmetry_and_least(f: Any, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    j = jax.jacfwd(f)(y)
+    return jnp.abs(j - j.T).max(), jnp.linalg.eigvalsh((j + j.T) / 2)[0]
+
+
+def _mixture_median(y: jax.Array) -> jax.Array:
+    """The coordinate-wise posterior median of a mixture of three Gaussians in the plane under noise of deviation 1, on a grid;
+    it has a derivative because the cumulative sums are interpolated."""
+    axis = jnp.linspace(-6, 6, 241)
+    a, b = jnp.meshgrid(axis, axis, indexing="ij")
+    exponents = [-((a - p) ** 2 + (b - q) ** 2) / 0.5 for p, q in ((-1.5, -1.0), (1.5, 1.2), (1.0, -1.8))]
+    posterior = jnp.exp(jax.nn.logsumexp(jnp.stack(exponents), 0) - ((a - y[0]) ** 2 + (b - y[1]) ** 2) / 2)
+
+    def median(marginal: jax.Array) -> jax.Array:
+        total = jnp.cumsum(marginal)
+        return jnp.interp(0.5, (total - marginal / 2) / total[-1], axis)
+
+    return jnp.stack([median(posterior.sum(1)), median(posterior.sum(0))])
+
+
+@claim(
+    PAPER,
+    "P1",
+    r"A continuous $f$ on an open convex set is a proximal map iff $f=\nabla\psi$ for a convex $\psi$; for $f\in C^1$ iff its "
+    r"Jacobian is symmetric and positive semi-definite everywhere.",
+    title="Proximal maps are gradients of convex functions",
+    kind="exact",
+    controls={
+        "free": r"a network $B\tanh(Ay)$ of the same size",
+        "median": "the coordinate-wise posterior median of a mixture in the plane",
+    },
+    regime="random input-convex networks on 1 and 4 entries, signals of deviation 2",
+    source="Proposition 2.1 (Gribonval and Nikolova 2020), recalled.",
+    blind_spot="One direction only, as far as Jacobians at samples show it: that nothing else has an R is the theorem itself.",
+)
+def gradients(ctx: Context) -> Outcome:
+    kind = ctx.pick("network", free="free", median="median")
+    slack: dict[str, float] = {}
+    for n in SIZES:
+        if kind == "network":
+            asymmetry, least = over(_asymmetry_and_least)(networks(ctx, n), signals(ctx, n))
+        elif kind == "free":
+            if n == 1:
+                continue  # in one dimension every Jacobian is symmetric
+            a, b = jax.random.normal(ctx.key, (2, n, 12), jnp.float64)
+
+            def free(y: jax.Array, a: jax.Array = a, b: jax.Array = b) -> jax.Array:
+                return b @ jnp.tanh(a.T @ y)
+
+            asymmetry, least = jax.vmap(lambda y, f=free: _asymmetry_and_least(f, y))(signals(ctx, n))
+        else:
+            asymmetry, least = jax.vmap(lambda y: _asymmetry_and_least(_mixture_median, y))(signals(ctx, 2, 1.0))
+        slack[f"symmetric, {n} entries"] = 1e-10 - float(asymmetry.max())
+        slack[f"semi-definite, {n} entries"] = 1e-10 + float(least.min())
+    return ctx.cases(slack, note="asymmetries and negative eigenvalues up to 1e-10 are rounding in 64 bits")
+
+
+# -- P2: the network is exactly proximal ------------------------------------------------------------------------------------
+
+
+def _silu_potential(net: LearnedProximal, y: jax.Array) -> jax.Array:
+    z = y
+    for layer in net.layers:
+        total = layer.weight @ z
+        if layer.skip is not None and layer.bias is not None:
+            total = total + layer.skip @ y + layer.bias
+        z = jax.nn.silu(net.beta * total) / net.beta
+    return net.output @ z + net.alpha / 2 * jnp.vdot(y, y)
+
+
+@claim(
+    PAPER,
+    "P2",
+    r"With $g$ convex, non-decreasing and $C^2$, and $W_k,w\ge0$, $f_\theta=\nabla\psi_\theta$ is exactly "
+    r"$\operatorname{prox}_{R_\theta}$ for some $R_\theta$.",
+    title="A learned proximal network is exactly proximal",
+    kind="bound",
+    controls={
+        "negative": r"one entry of $w$ set to $-3$",
+        "unclamped": r"$W_k$ and $w$ of both signs",
+        "silu": "the activation SiLU, which is neither convex nor monotone",
+    },
+    regime="random networks on 1 and 4 entries: eigenvalues of the Jacobian, and the objective of the proximal map at f(y) "
+    "against that at 400 other values of f, near and far",
+    source="Proposition 3.1, recalled.",
+)
+def exactly_proximal(ctx: Context) -> Outcome:
+    kind = ctx.pick("network", negative="negative", unclamped="unclamped", silu="silu")
+    slack: dict[str, float] = {}
+    for n in SIZES:
+        nets, y = networks(ctx, n), signals(ctx, n)
+        if kind == "negative":
+            nets = eqx.tree_at(lambda m: m.output, nets, nets.output.at[:, 0].set(-3.0))
+        if kind == "unclamped":
+            keys = jax.random.split(ctx.key, len(constrained(nets)))
+            signed = (w * jax.random.rademacher(k, w.shape) for k, w in zip(keys, constrained(nets), strict=True))
+            nets = eqx.tree_at(constrained, nets, tuple(signed))
+        potential = _silu_potential if kind == "silu" else LearnedProximal.potential
+        f = jax.grad(potential, 1)
+
+        def least(net: Any, y: jax.Array, f: Any = f) -> jax.Array:
+            return jnp.linalg.eigvalsh(jax.jacfwd(lambda y: f(net, y))(y))[0]
+
+        slack[f"semi-definite, {n} entries"] = 1e-10 + float(over(least)(nets, y).min())
+        others = jnp.concatenate([signals(ctx, n, 3.0, 200), y[:1] + signals(ctx, n, 0.05, 200)])
+
+        def gap(
+            net: Any, y: jax.Array, f: Any = f, potential: Any = potential, others: jax.Array = others
+        ) -> jax.Array:
+            def objective(z: jax.Array) -> jax.Array:
+                x = f(net, z)
+                return jnp.vdot(x, z) - jnp.vdot(x, x) / 2 - potential(net, z) + jnp.sum((x - y) ** 2) / 2
+
+            return jax.vmap(objective)(others).min() - objective(y)
+
+        slack[f"optimal, {n} entries"] = 1e-10 + float(over(gap)(nets, y[:4]).min())
+    return ctx.cases(slack, note="1e-10 is rounding in 64 bits")
+
+
+# -- P3: the formula of the prior -------------------------------------------------------------------------------------------
+
+
+@over
+def _around(net: LearnedProximal, y: jax.Array) -> tuple[jax.Array, ...]:
+    """At x = f(y) and 16 points at a distance of .05: ⟨x, z⟩, ‖x‖², ψ(z), ψ(x), ‖x - y‖² and ‖f(z) - x‖."""
+    turns = jnp.cos(1.0 + jnp.arange(16.0)[:, None] * (1.3 + jnp.arange(y.size)))
+    turns = 0.05 * turns / jnp.linalg.norm(turns, axis=1, keepdims=True)
+    prior = proximal.regularizer(net)
+
+    def one(x: jax.Array) -> tuple[jax.Array, ...]:
+        found = prior.evaluate(x)
+        z = found.inverse
+        psi = net.potential(z), net.potential(x)
+        return jnp.vdot(x, z), jnp.vdot(x, x), *psi, jnp.sum((x - y) ** 2), found.residual
+
+    return jax.lax.map(one, jnp.concatenate([net(y)[None], net(y) + turns]))
+
+
+@claim(
+    PAPER,
+    "P3",
+    r"$R_\theta(x)=\langle x,f^{-1}(x)\rangle-\tfrac12\|x\|^2-\psi(f^{-1}(x))$.",
+    title="The prior of a network by inverting it",
+    kind="exact",
+    controls={
+        "whole": r"$\|x\|^2$ for $\tfrac12\|x\|^2$",
+        "less": r"$0.4\,\|x\|^2$ for $\tfrac12\|x\|^2$",
+        "wrong_point": r"$\psi(x)$ for $\psi(f^{-1}(x))$",
+        "sign": "the other sign",
+    },
+    regime="networks on 3 entries; f(y) must minimise R(x) + ‖x - y‖²/2 among 16 points at distance .05",
+    source="Section 3, and the authors' code.",
+    blind_spot="Local optimality only; far points tell wrong formulas apart less well.",
+)
+def formula(ctx: Context) -> Outcome:
+    half = ctx.pick(0.5, whole=1.0, less=0.4)
+    wrong_point, sign = ctx.pick(False, wrong_point=True), ctx.pick(1.0, sign=-1.0)
+    terms = _around(networks(ctx, 3), signals(ctx, 3, 1.0, 6))
+    inner, squared, at_inverse, at_point, distance, residual = (np.asarray(v) for v in terms)
+    values = sign * (inner - half * squared - (at_point if wrong_point else at_inverse)) + distance / 2
+    gaps = values[..., 1:].min(-1) - values[..., 0]
+    return ctx.cases(
+        {"optimal": 1e-9 + float(gaps.min()), "inverted": 1e-7 - float(residual.max())},
+        note=f"largest ‖f(z) - x‖ {residual.max():.1g}; 1e-9 is its effect, of second order, and rounding",
+    )
+
+
+# -- P4: an inexact inversion -----------------------------------------------------------------------------------------------
+
+NODES, WEIGHTS = (0.5 * v for v in np.polynomial.legendre.leggauss(40))
+
+
+def _gap_and_residual(net: LearnedProximal, z: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Of x = f(z) and points w near z: R(x) - R̂(x; w) and ‖f(w) - x‖²."""
+    x = net(z)
+    moves = jnp.array([1e-3, 1e-2, 0.1, 1.0])[:, None] * jnp.cos(jnp.arange(4.0)[:, None] + jnp.arange(z.size))
+
+    def one(w: jax.Array) -> tuple[jax.Array, jax.Array]:
+        # ψ(w) - ψ(z) - ⟨x, w - z⟩ as an integral along the way from z to w, in which nothing cancels.
+        slopes = jax.vmap(lambda s: jnp.vdot(net(z + s * (w - z)) - x, w - z))(0.5 + jnp.asarray(NODES))
+        return jnp.vdot(jnp.asarray(WEIGHTS), slopes), jnp.sum((net(w) - x) ** 2)
+
+    return jax.vmap(one)(z + moves)
+
+
+@claim(
+    PAPER,
+    "P4",
+    r"For any $z$, $\hat R(x;z)=\langle x,z\rangle-\tfrac12\|x\|^2-\psi(z)$ satisfies "
+    r"$0\le R(x)-\hat R\le\|f(z)-x\|^2/(2\alpha)$, and $R(x)-\hat R\ge\|f(z)-x\|^2/(2L)$ with the global $L$.",
+    title="A certificate for an inexact inversion",
+    kind="bound",
+    controls={
+        "halved": r"the upper bound with $4\alpha$ for $2\alpha$",
+        "sampled": r"the lower bound with the largest slope of eight samples for $L$",
+    },
+    regime="networks on 1 and 4 entries; exact inverses moved by 1e-3 to 1, near the origin and where the network has "
+    "saturated, so that some slopes are α",
+    source="Derived: convex duality.",
+)
+def inexact(ctx: Context) -> Outcome:
+    factor, sampled = ctx.pick(2.0, halved=4.0), ctx.pick(False, sampled=True)
+    upper, lower, negative = -math.inf, -math.inf, -math.inf
+    for n in SIZES:
+        nets = networks(ctx, n)
+        constants = np.array([c.lipschitz for c in all_certified(nets)])
+        if sampled:
+            constants = np.asarray(over(largest)(nets, signals(ctx, n, 3.0, 8)).max(1))
+        z = jnp.concatenate([signals(ctx, n, 1.0, 40), signals(ctx, n, 60.0, 8)])
+        gap, squared = (np.asarray(v) for v in over(_gap_and_residual)(nets, z))
+        upper = max(upper, float((gap * factor * nets.alpha / squared).max()) - 1)
+        lower = max(lower, float((squared / (2 * constants[:, None, None]) / gap).max()) - 1)
+        negative = max(negative, float(-gap.min()))
+    return ctx.cases(
+        {"upper bound": -upper, "lower bound": -lower, "one-sided": -negative},
+        tolerance=1e-7,
+        tolerance_reason="quadrature with 40 nodes along a path on which the slope changes",
+        tightness=1 + upper,
+    )
+
+
+# -- P5 and P6: weak convexity and smoothness -------------------------------------------------------------------------------
+
+
+@compiled
+def _hessians(nets: LearnedProximal, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Eigenvalues of ∇²R at f(y), by derivatives of the inversion; and of the Jacobian of f at y, by those of f."""
+
+    def both(net: LearnedProximal, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+        second = jax.jacfwd(proximal.regularizer(net).grad)(net(y))
+        return jnp.linalg.eigvalsh((second + second.T) / 2), jnp.linalg.eigvalsh(jacobian(net, y))
+
+    return jax.vmap(lambda net: jax.lax.map(lambda y: both(net, y), y))(nets)
+
+
+@claim(
+    PAPER,
+    "P5",
+    r"$R_\theta+\tfrac12(1-\tfrac1L)\|\cdot\|^2$ is convex, and the constant is sharp; $R_\theta$ is convex iff $L\le1$.",
+    title="Weak convexity of the prior",
+    kind="bound",
+    controls={"smaller": r"$\tfrac12(1-\tfrac1L)-0.01$"},
+    regime="networks on 1 and 4 entries; L the largest slope over the sample, where the bound must be attained",
+    source="Derived.",
+)
+def weak_convexity(ctx: Context) -> Outcome:
+    less = ctx.pick(0.0, smaller=0.02)
+    slack, tight = {}, 0.0
+    for n in SIZES:
+        second, slopes = _hessians(networks(ctx, n), signals(ctx, n, 1.0, 8))
+        constant = 1 - 1 / np.asarray(slopes.max((1, 2))) - less
+        least = np.asarray(second.min((1, 2)))
+        slack[f"{n} entries"] = float((least + constant).min())
+        tight = max(tight, float((-least / constant).max()))
+    return ctx.cases(
+        slack,
+        tolerance=1e-6,
+        tolerance_reason="the inversion stops at 1e-8; a slope of 10 and the curvature of f multiply that",
+        tightness=tight,
+    )
+
+
+@claim(
+    PAPER,
+    "P6",
+    r"$\nabla R_\theta=f_\theta^{-1}-\mathrm{id}$ is Lipschitz with constant $\max(\tfrac1\alpha-1,\,|1-\tfrac1L|)$.",
+    title="Smoothness of the prior",
+    kind="bound",
+    controls={"doubled": r"$2\alpha$ for $\alpha$"},
+    regime="α = .1; signals of deviation 60, where the network has saturated and its slope is α in some direction",
+    source="Derived.",
+)
+def smoothness(ctx: Context) -> Outcome:
+    share = ctx.pick(1.0, doubled=2.0)
+    slack, tight = {}, 0.0
+    for n in SIZES:
+        nets = networks(ctx, n)
+        second, slopes = _hessians(nets, signals(ctx, n, 60.0, 6))
+        constant = np.maximum(1 / (share * nets.alpha) - 1, np.abs(1 - 1 / np.asarray(slopes.max((1, 2)))))
+        most = np.asarray(jnp.abs(second).max((1, 2)))
+        slack[f"{n} entries"] = float((1 - most / constant).min())
+        tight = max(tight, float((most / constant).max()))
+    return ctx.cases(slack, tolerance=1e-6, tolerance_reason="the inversion stops at 1e-8", tightness=tight)
+
+
+# -- P7: range and coercivity -----------------------------------------------------------------------------------------------
+
+
+@claim(
+    PAPER,
+    "P7",
+    r"$\|f_\theta(y)-\alpha y\|\le C$ for all $y$.  So $R_\theta(x)=\tfrac12(\tfrac1\alpha-1)\|x\|^2+O(\|x\|)$: finite "
+    r"everywhere iff $\alpha>0$, coercive iff $\alpha<1$.",
+    title="Why the theorem asks for 0 < α < 1",
+    kind="bound",
+    controls={
+        "always": r"coercive for $\alpha=1.5$ and $2.5$ as well",
+        "without": r"a range without $\alpha$: $\|f_\theta(y)\|\le C$",
+    },
+    regime="α = .5, .9, 1.5, 2.5 on 3 entries, signals at distances of 10, 100, 1000",
+    source="Derived; the reason for a hypothesis of Theorem 4.1.",
+)
+def coercivity(ctx: Context) -> Outcome:
+    always, share = ctx.pick(False, always=True), ctx.pick(1.0, without=0.0)
+    slack: dict[str, float] = {}
+    for n in (3,):
+        u = signals(ctx, n, 1.0, 6)
+        u = u / jnp.linalg.norm(u, axis=1, keepdims=True)
+        for alpha in (0.5, 0.9, 1.5, 2.5):
+            name, nets = f"α = {alpha}, {n} entries", networks(ctx, n, alpha)
+            spread = np.array([c.spread for c in all_certified(nets)])
+            far = jnp.concatenate([10 * u, 100 * u, 1000 * u])
+            moved = over(lambda net, y: jnp.linalg.norm(net(y) - share * net.alpha * y))(nets, far)
+            slack[f"range, {name}"] = float((1 - np.asarray(moved) / spread[:, None]).min())
+            ratio = np.asarray(over(lambda net, y: prior_at(net, y) / jnp.sum(net(y) ** 2))(nets, 1e5 * u))
+            slack[f"parabola, {name}"] = 1e-3 - float(np.abs(ratio - (1 / alpha - 1) / 2).max())
+            if alpha < 1 or always:
+                slack[f"coercive, {name}"] = float(ratio.min())
+            else:
+                slack[f"not coercive, {name}"] = -float(ratio.max())
+    return ctx.cases(
+        slack, note="R/‖x‖² at a distance of 1e5 α differs from its limit by terms of first order, below 1e-3"
+    )
+
+
+def _single_layer(weights: jax.Array, output: jax.Array) -> LearnedProximal:
+    """ψ(y) = Σ w_j g(h_j y) + α y²/2 in one dimension: its largest slope is at 0, α + β/4 Σ w_j h_j²."""
+    return LearnedProximal((Layer(weights[:, None], None, None),), output, None, None, (1,), 10.0, 0.1)
+
+
+@claim(
+    PAPER,
+    "P7'",
+    r"$A_k=W_kG_{k-1}+\|H_k\|$, $S_k=\tfrac\beta4A_k^2+W_kS_{k-1}$, $G_k=A_k$ give $L\le\alpha+w^\top S_K$ and "
+    r"$\|f(y)-\alpha y\|\le w^\top G_K+\|h\|$.",
+    title="Constants that hold everywhere, from the weights",
+    kind="bound",
+    controls={
+        "eighth": r"$\tfrac\beta8$ for $\tfrac\beta4$",
+        "less": r"$0.9\,w^\top G_K$ for $w^\top G_K$",
+    },
+    regime="one layer in one dimension, where both are attained, at 0 and far away; and three layers on 1 and 4 entries",
+    source="Derived.",
+)
+def constants(ctx: Context) -> Outcome:
+    curved, share = ctx.pick(1.0, eighth=0.5), ctx.pick(1.0, less=0.9)
+
+    def ratios(found: Certified, alpha: float, slope: float, moved: float) -> tuple[float, float]:
+        return slope / (alpha + curved * (found.lipschitz - alpha)), moved / (share * found.spread)
+
+    simple = []
+    for h, w in jnp.moveaxis(jnp.abs(jax.random.normal(ctx.key, (2, 20, 8), jnp.float64)), 0, 1):
+        net = _single_layer(h, w)
+        slope, moved = float(jacobian(net, jnp.zeros(1))[0, 0]), float(net(jnp.array([1e3]))[0] - 100.0)
+        simple.append(ratios(proximal.certified(net), net.alpha, slope, moved))
+    slack = dict(zip(("one layer, slope", "one layer, range"), 1 - np.max(simple, 0), strict=True))
+    loose = []
+    for n in SIZES:
+        nets, y = networks(ctx, n), signals(ctx, n)
+        found = all_certified(nets)
+        slopes = np.asarray(over(largest)(nets, y).max(1))
+        moved = np.asarray(over(lambda net, y: jnp.linalg.norm(net(y) - net.alpha * y))(nets, 100 * y).max(1))
+        both = [ratios(c, nets.alpha, s, m) for c, s, m in zip(found, slopes, moved, strict=True)]
+        slack[f"slope, {n} entries"], slack[f"range, {n} entries"] = 1 - np.max(both, 0)
+        loose.append(f"{np.median([c.lipschitz / s for c, s in zip(found, slopes, strict=True)]):.0f}")
+    return ctx.cases(
+        slack,
+        tolerance=1e-9,
+        tolerance_reason="rounding where the bound is attained",
+        tightness=float(np.max(simple, 0).min()),
+        note=f"three layers: the certified L is {', '.join(loose)} times the largest slope found, on {SIZES} entries",
+    )

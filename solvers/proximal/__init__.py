@@ -1,0 +1,19 @@
+"""Learned proximal networks (Fang, Buchanan, Sulam; ICLR 2024): networks, their priors, their training; and what to compare."""
+
+from solvers.proximal.functional import Regularizer
+from solvers.proximal.network import LearnedProximal, certified, convolutional, image128, mlp, mnist, projected
+from solvers.proximal.prior import Evaluation, LearnedRegularizer, regularizer
+
+__all__ = [
+    "Evaluation",
+    "LearnedProximal",
+    "LearnedRegularizer",
+    "Regularizer",
+    "certified",
+    "convolutional",
+    "image128",
+    "mlp",
+    "mnist",
+    "projected",
+    "regularizer",
+]

@@ -1,0 +1,223 @@
+"""The prior that a learned proximal network has learned: R with f = prox_R, its value at a signal, its proximal map for any step.
+
+    R(x) = ⟨x, z⟩ - ‖x‖²/2 - ψ(z),  f(z) = x                               the network inverted (Section 3)
+    z = argmin ψ(z) - ⟨x, z⟩                                               how: this is convex, strongly for α > 0
+
+For any z at all, the right-hand side is at most R(x), and the difference at most ‖f(z) - x‖² / (2α): what an inexact inversion
+gives is a lower bound with a known error.
+
+    prox_{lam R}(v) = f(z),  z = argmin (1 - lam) ψ(z) + lam/2 ‖z‖² - ⟨v, z⟩,   0 < lam ≤ 1, and a little beyond
+
+lam = 1 is the network itself.  Both problems are solved in float64 where JAX has it, by Levenberg-Marquardt steps on small
+signals and L-BFGS on large ones (optimistix); derivatives of all orders are those of the exact solution.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optimistix as optx
+from jaxtyping import Array, Bool, Float
+
+from solvers.proximal.functional import Regularizer
+from solvers.proximal.network import LearnedProximal, certified
+
+DENSE = 256
+"""Signals of up to so many entries are inverted with the whole Jacobian."""
+
+
+class Evaluation(NamedTuple):
+    """value        ⟨x, z⟩ - ‖x‖²/2 - ψ(z): at most R(x)
+    inverse      z
+    residual     ‖f(z) - x‖
+    error_bound  R(x) - value is at most this; infinite for α = 0, where R(x) may be infinite and the residual still vanish
+    converged    the residual is below the tolerance, and x within the range of the training signals
+    """
+
+    value: Float[Array, ""]
+    inverse: Float[Array, "*shape"]
+    residual: Float[Array, ""]
+    error_bound: Float[Array, ""]
+    converged: Bool[Array, ""]
+
+
+class LearnedRegularizer(Regularizer):
+    """R of a network.  Values, gradients and maps come in the dtype of the argument; NaN where a problem was not solved.
+
+    tolerance  on ‖f(z) - x‖, relative to the larger of ‖x‖ and 1
+    box        least and largest entry of the signals that the network was trained on.  R of others says nothing, as the
+               network saturates there, and is refused.  None: anything goes
+    """
+
+    network: LearnedProximal
+    tolerance: float = eqx.field(static=True, default=1e-8)
+    max_steps: int = eqx.field(static=True, default=1000)
+    box: tuple[float, float] | None = eqx.field(static=True, default=None)
+
+    def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, ""]:
+        """R(x), up to a constant.  Raises ValueError, outside of jit, for an x that is not in the box or not reached."""
+        found = self._found(x)
+        return jnp.where(found.converged, found.value, jnp.nan).astype(x.dtype)
+
+    def evaluate(self, x: Float[Array, "*shape"]) -> Evaluation:
+        """R(x) with its certificate; raises nothing but for a wrong shape."""
+        _check_shape(self.network, "x", x)
+        value, z, residual, bound = _evaluated(self.network, _in_double(x), self.tolerance, self.max_steps)
+        reached = residual <= self._allowed(_in_double(x))
+        return Evaluation(value, z, residual, bound, reached & self._inside(x))
+
+    def grad(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        """∇R(x) = f⁻¹(x) - x."""
+        found = self._found(x)
+        return jnp.where(found.converged, found.inverse - x, jnp.nan).astype(x.dtype)
+
+    def prox(self, v: Float[Array, "*shape"], lam: float | Float[Array, ""] = 1.0) -> Float[Array, "*shape"]:
+        """The proximal map of lam R.  Raises ValueError for lam ≤ 0, and for a lam > 1 unless lam (1 - 1/L) < 1 with the
+        certified L of the network: beyond, R + ‖·‖²/(2 lam) need not be convex; under jit, it gives NaN."""
+        z, network, fine = self._scaled(v, lam)
+        return jnp.where(fine, _applied(network, z), jnp.nan).astype(v.dtype)
+
+    def moreau_envelope(self, v: Float[Array, "*shape"], lam: float | Float[Array, ""] = 1.0) -> Float[Array, ""]:
+        """For lam = 1 it is ‖v‖²/2 - ψ(v); in general R(f(z)) is known from z, without an inversion."""
+        z, network, fine = self._scaled(v, lam)
+        wide, x = _in_double(v), network(z)
+        value = jnp.vdot(x, z) - jnp.vdot(x, x) / 2 - network.potential(z)
+        return jnp.where(fine, value + jnp.sum((x - wide) ** 2) / (2 * lam), jnp.nan).astype(v.dtype)
+
+    @property
+    def weak_convexity(self) -> float:
+        """1 - 1/L, with the certified L of the network, at least 0; under jit 1, which holds for every network."""
+        constant = self.lipschitz
+        return 1.0 if constant is None else max(0.0, 1 - 1 / constant)
+
+    @property
+    def lipschitz(self) -> float | None:
+        return None if _traced(self.network) else certified(self.network).lipschitz
+
+    def _found(self, x: Array) -> Evaluation:
+        found = self.evaluate(x)
+        if not isinstance(found.converged, jax.core.Tracer) and not bool(found.converged):
+            if not bool(self._inside(x)):
+                raise ValueError(
+                    f"x: has entries from {float(x.min()):.3g} to {float(x.max()):.3g}, the network was trained on signals "
+                    f"from {self.box[0]:g} to {self.box[1]:g}, and its prior says nothing of others"  # type: ignore[index]
+                )
+            raise ValueError(
+                f"x: the network was not inverted, ‖f(z) - x‖ = {float(found.residual):.2g} (tolerance "
+                f"{float(self._allowed(x)):.2g}): x may lie outside of the range of the network (α = {self.network.alpha:g}), "
+                "or more steps or a larger tolerance may be needed; `evaluate` gives the lower bound"
+            )
+        return found
+
+    def _allowed(self, x: Array) -> Array:
+        least = 100 * float(jnp.finfo(x.dtype).eps)  # rounding of f, a sum of many terms
+        return max(self.tolerance, least) * jnp.maximum(1.0, jnp.linalg.norm(x.reshape(-1)))
+
+    def _inside(self, x: Array) -> Array:
+        if self.box is None:
+            return jnp.isfinite(x).all()
+        low, high = self.box
+        slack = 1e-6 * (high - low)
+        return jnp.all((x >= low - slack) & (x <= high + slack))
+
+    def _scaled(self, v: Array, lam: float | Array) -> tuple[Array, LearnedProximal, Array]:
+        """z with prox_{lam R}(v) = f(z), the network in double precision, and whether this is so."""
+        _check_shape(self.network, "v", v)
+        wide, network = _in_double(v), _double(self.network)
+        if isinstance(lam, jax.core.Tracer):
+            allowed = (lam > 0) & (lam <= 1)
+        elif lam == 1:
+            return wide, network, jnp.asarray(True)
+        else:
+            allowed = jnp.asarray(self._checked(float(lam)))
+        step = jnp.asarray(lam, wide.dtype)
+        z = _argmin(network, wide, step, self.tolerance, self.max_steps)
+        left = _slope(z, (network, wide, step))
+        fine = jnp.linalg.norm(left.reshape(-1)) <= self._allowed(wide)
+        return z, network, fine & allowed
+
+    def _checked(self, lam: float) -> bool:
+        """Whether the minimiser is known to be unique; False, where that cannot be decided under jit."""
+        if not lam > 0:
+            raise ValueError(f"lam: is {lam:g}, expected a positive step")
+        if lam <= 1 or _traced(self.network):
+            return lam <= 1
+        if not lam * self.weak_convexity < 1:
+            raise ValueError(
+                f"lam: is {lam:g}, expected at most 1, or below L/(L-1) = {1 / self.weak_convexity:.6g} of the certified L: "
+                "beyond, the minimiser need not be unique"
+            )
+        return True
+
+
+def regularizer(
+    network: LearnedProximal, *, tolerance: float = 1e-8, max_steps: int = 1000, box: tuple[float, float] | None = None
+) -> LearnedRegularizer:
+    """The function of which a network is the proximal map; see `LearnedRegularizer`."""
+    if not (tolerance > 0 and math.isfinite(tolerance)):
+        raise ValueError(f"tolerance: is {tolerance}, expected a positive number")
+    if box is not None and not box[0] < box[1]:
+        raise ValueError(f"box: is {box}, expected (least, largest) entry of a training signal")
+    return LearnedRegularizer(network, tolerance, max_steps, None if box is None else (float(box[0]), float(box[1])))
+
+
+_applied = eqx.filter_jit(lambda network, z: network(z))
+
+
+def _check_shape(network: LearnedProximal, name: str, x: Array) -> None:
+    if x.shape != network.shape:
+        raise ValueError(
+            f"{name}: has shape {x.shape}, the network is for {network.shape}; for many signals use jax.vmap"
+        )
+
+
+def _traced(network: LearnedProximal) -> bool:
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(network))
+
+
+def _in_double(x: Array) -> Array:
+    return x.astype(jnp.result_type(float))
+
+
+def _double(network: LearnedProximal) -> LearnedProximal:
+    return jax.tree.map(lambda leaf: _in_double(leaf) if eqx.is_inexact_array(leaf) else leaf, network)
+
+
+@eqx.filter_jit
+def _evaluated(
+    network: LearnedProximal, x: Array, tolerance: float, max_steps: int
+) -> tuple[Array, Array, Array, Array]:
+    network = _double(network)
+    z = _argmin(network, x, jnp.zeros((), x.dtype), tolerance, max_steps)
+    residual = jnp.linalg.norm((network(z) - x).reshape(-1))
+    value = jnp.vdot(x, z) - jnp.vdot(x, x) / 2 - network.potential(z)
+    bound = residual**2 / (2 * network.alpha) if network.alpha > 0 else jnp.full_like(residual, jnp.inf)
+    return value, z, residual, bound
+
+
+Given = tuple[LearnedProximal, Array, Array]
+
+
+def _energy(z: Array, given: Given) -> Array:
+    network, x, lam = given
+    return (1 - lam) * network.potential(z) + lam / 2 * jnp.vdot(z, z) - jnp.vdot(x, z)
+
+
+def _slope(z: Array, given: Given) -> Array:
+    network, x, lam = given
+    return (1 - lam) * network(z) + lam * z - x
+
+
+@eqx.filter_jit
+def _argmin(network: LearnedProximal, x: Array, lam: Array, tolerance: float, max_steps: int) -> Array:
+    """argmin_z (1 - lam) ψ(z) + lam/2 ‖z‖² - ⟨x, z⟩, whatever came out after max_steps."""
+    precision = max(tolerance * 1e-2, 10 * float(jnp.finfo(x.dtype).eps))
+    given = (network, x, lam)
+    if x.size <= DENSE:
+        levenberg = optx.LevenbergMarquardt(precision, precision)
+        return optx.root_find(_slope, levenberg, x, given, max_steps=max_steps, throw=False).value
+    return optx.minimise(_energy, optx.LBFGS(precision, precision), x, given, max_steps=max_steps, throw=False).value

@@ -1,0 +1,282 @@
+"""Training of networks y -> x by a schedule of losses, in chunks that can be interrupted and resumed."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Key, PyTree
+from rich.console import Console
+
+from solvers import array_files
+from solvers.direction_training import _bar, _batches, _digest
+from solvers.proximal.matching import (
+    Cosine,
+    Distance,
+    Loss,
+    Matching,
+    Prior,
+    Regime,
+    Stage,
+    described,
+    distance,
+    minimiser,
+    regime,
+    zero_fraction,
+)
+from solvers.proximal.network import LearnedProximal, projected
+
+
+class TrainingInfo(NamedTuple):
+    """steps     done, those before a checkpoint was resumed included
+    losses    (steps,) of each step's batch, at the weights before the step; of the stages one after the other
+    stopped   "steps", "callback" or "not finite" (a loss, a gradient or a new weight; the step is not counted)
+    regimes   of each stage the `Regime`, None for stages without a γ and for data of unknown σ
+    zeros     `zero_fraction` of the result
+    distance  to the exact minimiser of the last stage's loss, on 4096 fresh y; None without a prior
+    """
+
+    steps: int
+    losses: Float[np.ndarray, " steps"]
+    stopped: str
+    regimes: tuple[Regime | None, ...]
+    zeros: float | None
+    distance: Distance | None
+
+
+class _Run(eqx.Module):
+    """What stays the same in all steps of a stage."""
+
+    loss: Any
+    draw: Any  # None for rows
+    rows: Array | None
+    sigma: Array | None
+    ema: Array | None
+    frame: Any  # the network without its arrays
+    batch: int = eqx.field(static=True)
+
+
+def train(
+    key: Key[Array, ""],
+    network: Any,
+    draw: Any,
+    schedule: Sequence[Stage],
+    *,
+    sigma: float | None,
+    batch: int,
+    ema: float | None = None,
+    prior: Prior | None = None,
+    chunk: int = 100,
+    checkpoint: str | os.PathLike[str] | None = None,
+    progress: bool | Console = False,
+    callback: Callable[[int, float, Any], bool | None] | None = None,
+) -> tuple[Any, TrainingInfo]:
+    """Train a network y -> x, any equinox module, by Adam; returns (network, TrainingInfo).
+
+    draw        clean signals, one per row, of which every epoch takes each once in a new random order (those that fill no batch
+                are left out); or a function (key, count) -> signals, or a pair (y, x), that makes new ones at every step.  An
+                equinox module or eqx.Partial hands its arrays to the compiled step; those of a plain function are constants of it
+    schedule    `Stage`s
+    sigma       the noise added, new at every step; if draw gives pairs, the noise in them, or None where it is not known
+    ema         the result has weights averaged over the steps with this decay, less in the first steps; None for the last ones
+    prior       the distribution that draw draws from, for `TrainingInfo.distance`
+    chunk       steps between two looks of the host; one ends where a stage ends
+    checkpoint  an npz file, written after every chunk.  If it exists the run continues from it, with the result of an
+                uninterrupted run.  It is refused if another run wrote it: another start, data, key, schedule, batch, σ, average,
+                version of JAX, or program
+    progress    True for a bar, or the rich Console that shows it
+    callback    (steps done, last loss, network as it would be returned) after every chunk; a true result stops
+
+    A `LearnedProximal` is projected after each step.  If something is not finite the run stops with a RuntimeWarning, and the
+    last finite network is returned.  Raises ValueError for settings out of range and for a file that is no
+    checkpoint of this run.
+    """
+    schedule = tuple(schedule)
+    _check(schedule, draw, sigma, batch, ema, chunk)
+    rows = None if callable(draw) else jnp.asarray(draw)
+    params, frame = eqx.partition(network, eqx.is_inexact_array)
+    state = params, optax.scale_by_adam().init(params), None if ema is None else params
+    number, order = jax.random.split(key)
+    noise = None if sigma is None else jnp.asarray(sigma, jnp.result_type(float))
+    decay = None if ema is None else jnp.asarray(ema, jnp.result_type(float))
+    runs = [
+        _Run(_traced(stage.loss), draw if callable(draw) else None, rows, noise, decay, frame, batch)
+        for stage in schedule
+    ]
+
+    def network_of(state: PyTree) -> Any:
+        return eqx.combine(state[0] if ema is None else state[2], frame)
+
+    def batches(start: int, stop: int) -> tuple[Array, Array]:
+        keys = jax.vmap(lambda step: jax.random.fold_in(number, step))(jnp.arange(start, stop))
+        return keys, keys if rows is None else _batches((rows,), order, batch, start, stop)
+
+    path = None if checkpoint is None else Path(checkpoint)
+    losses, stopped = np.zeros(0), "steps"
+    settings: dict[str, Any] = {}
+    if path is not None:
+        if not path.parent.is_dir():
+            raise ValueError(f"train: checkpoint is {path}; expected a file in an existing folder")
+        first = [v[0] for v in batches(0, 1)]
+        settings = _settings(key, schedule, runs, state, first)
+        state, losses = _resume(path, settings, state)
+    total, ends = sum(stage.steps for stage in schedule), np.cumsum([stage.steps for stage in schedule])
+
+    with _bar(progress, total, len(losses)) as show:
+        while (done := len(losses)) < total:
+            at = int(np.searchsorted(ends, done, side="right"))
+            begin, until = int(ends[at]) - schedule[at].steps, min(done + chunk, int(ends[at]))
+            rates = schedule[at].rates(done - begin, until - begin)
+            state, seen, failed = _chunk(runs[at], state, done, rates, *batches(done, until))
+            losses = np.concatenate([losses, seen])
+            if failed:
+                stopped = "not finite"
+                message = (
+                    f"train: the loss, a gradient or a weight is not finite at step {len(losses)}, counted from 0, "
+                )
+                message += f"in stage {at}; the network before it is returned"
+                warnings.warn(message, RuntimeWarning, stacklevel=2)
+                break
+            if path is not None:
+                array_files.write(path, {"settings": settings}, state, losses=losses)
+            show(len(losses), float(losses[-1]))
+            # After the checkpoint, so that an exception raised in the callback loses nothing.
+            if callback is not None and callback(len(losses), float(losses[-1]), network_of(state)):
+                stopped = "callback"
+                break
+    found = network_of(state)
+    away = None
+    if prior is not None and sigma is not None:
+        fresh = _fresh(runs[-1], jax.random.fold_in(number, total), 4096)
+        away = distance(found, minimiser(prior, schedule[-1].loss, sigma), fresh)
+    regimes = tuple(
+        regime(float(stage.loss.gamma), sigma) if isinstance(stage.loss, Matching) and sigma is not None else None
+        for stage in schedule
+    )
+    return found, TrainingInfo(len(losses), losses, stopped, regimes, zero_fraction(found), away)
+
+
+def _check(schedule: tuple[Stage, ...], draw: Any, sigma: Any, batch: int, ema: float | None, chunk: int) -> None:
+    if not schedule:
+        raise ValueError("train: schedule is empty, expected at least one Stage")
+    for number, stage in enumerate(schedule):
+        rates = (stage.rate.start, stage.rate.end) if isinstance(stage.rate, Cosine) else (stage.rate,)
+        if stage.steps < 0 or not all(0 <= rate < math.inf for rate in rates):
+            raise ValueError(f"train: stage {number} has {stage.steps} steps at {stage.rate}; expected both >= 0")
+    if batch < 1 or chunk < 1:
+        raise ValueError(f"train: batch is {batch}, chunk {chunk}; expected at least 1 of each")
+    if not callable(draw) and not 1 <= batch <= len(draw):
+        raise ValueError(f"train: draw has {len(draw)} rows and batch is {batch}; expected as many rows or more")
+    if sigma is not None and not (sigma > 0 and math.isfinite(sigma)):
+        raise ValueError(f"train: sigma is {sigma}, expected a positive number")
+    if ema is not None and not 0 < ema < 1:
+        raise ValueError(f"train: ema is {ema}, expected a decay between 0 and 1")
+
+
+def _traced(loss: Loss) -> Any:
+    """The loss with its numbers as arrays: another γ is no other program."""
+    return jax.tree.map(lambda v: jnp.asarray(v, jnp.result_type(float)) if isinstance(v, float) else v, loss)
+
+
+def _examples(run: _Run, key: Array, at: Array, count: int) -> tuple[Array, Array]:
+    first, second = jax.random.split(key)
+    x = run.draw(first, count) if run.rows is None else run.rows[at]
+    if isinstance(x, tuple):
+        return x
+    if run.sigma is None:
+        raise ValueError(
+            "train: sigma is None and draw gives one array; expected the noise to add to it, or pairs (y, x)"
+        )
+    return x + (run.sigma * jax.random.normal(second, x.shape, x.dtype)).astype(x.dtype), x
+
+
+def _fresh(run: _Run, key: Array, count: int) -> Array:
+    at = jax.random.randint(key, (count,), 0, 1 if run.rows is None else len(run.rows))
+    return _examples(run, key, at, count)[0]
+
+
+def _one_step(run: _Run, carry: Any, step: Array, rate: Array, key: Array, at: Array) -> tuple[Any, Array]:
+    """The state after one step and whether all was finite up to it, and the loss; the state stays where it is not."""
+    (params, inner, average), good = carry
+    y, x = _examples(run, key, at, run.batch)
+    value, gradient = jax.value_and_grad(lambda p: run.loss(eqx.combine(p, run.frame), y, x))(params)
+    direction, inner_after = optax.scale_by_adam().update(gradient, inner)
+    after = jax.tree.map(lambda p, d: (p - rate * d).astype(p.dtype), params, direction)
+    network = eqx.combine(after, run.frame)
+    if isinstance(network, LearnedProximal):
+        after = eqx.filter(projected(network), eqx.is_inexact_array)
+    mean = None
+    if average is not None:
+        # Less weight to the past in the first steps: else the start would stay in the average for 1/(1 - ema) steps.
+        decay = jnp.minimum(run.ema, (1 + step) / (10 + step))
+        mean = jax.tree.map(lambda old, new: (decay * old + (1 - decay) * new).astype(old.dtype), average, after)
+    for leaf in jax.tree.leaves((value, gradient, after)):
+        good &= jnp.isfinite(leaf).all()
+    state = jax.tree.map(
+        lambda new, old: jnp.where(good, new, old), (after, inner_after, mean), (params, inner, average)
+    )
+    return (state, good), value
+
+
+_step: Any = eqx.filter_jit(_one_step)
+
+
+def _chunk(
+    run: _Run, state: PyTree, first: int, rates: np.ndarray, keys: Array, rows: Array
+) -> tuple[PyTree, np.ndarray, int]:
+    """One step per rate: the state, the losses up to the last step at which all was finite, and the number of the others."""
+    # Not a scan: in the body of a loop XLA's convolutions on CPUs are ten to twenty times slower.
+    carry, losses, flags = (state, jnp.bool_(True)), [], []
+    for i in range(len(rates)):
+        carry, value = _step(run, carry, *_numbers(first + i, rates[i]), keys[i], rows[i])
+        losses.append(value)
+        flags.append(carry[1])
+    finite = int(np.sum(jax.device_get(flags)))
+    return carry[0], np.asarray(jax.device_get(losses), np.float64)[:finite], len(losses) - finite
+
+
+def _numbers(step: int, rate: float) -> tuple[Array, Array]:
+    return jnp.asarray(step, jnp.int32), jnp.asarray(rate, jnp.float32)
+
+
+def _settings(
+    key: Array, schedule: tuple[Stage, ...], runs: list[_Run], state: PyTree, first: list[Array]
+) -> dict[str, Any]:
+    programs = [
+        hashlib.sha256(_step.lower(run, (state, jnp.bool_(True)), *_numbers(0, 0.0), *first).as_text().encode())
+        for run in runs
+    ]
+    whole = runs[0]
+    return {
+        "start": _digest(state),
+        "data": _digest(eqx.filter((whole.draw, whole.rows), eqx.is_array)),
+        "key": np.asarray(jax.random.key_data(key)).tolist(),
+        "batch": whole.batch,
+        "sigma and average": [None if v is None else float(v) for v in (whole.sigma, whole.ema)],
+        "schedule": [described(stage) for stage in schedule],
+        "version of JAX": [jax.__version__, jax.default_backend()],
+        "program": [program.hexdigest() for program in programs],
+    }
+
+
+def _resume(path: Path, settings: dict[str, Any], state: PyTree) -> tuple[PyTree, np.ndarray]:
+    if not path.exists():
+        return state, np.zeros(0)
+    header, arrays = array_files.read(path, "train", "settings")
+    other = [name for name, value in settings.items() if header["settings"].get(name) != value]
+    if other:
+        raise ValueError(
+            f"train: {path} was written by a run with another {', '.join(other)}; use the same settings or another file"
+        )
+    losses = arrays.pop("losses")
+    return array_files.restored(path, "train", arrays, state), losses
