@@ -153,8 +153,8 @@ def blur(
     if boundary != "full":
         raise ValueError(f"blur: boundary is {boundary!r}, expected 'circular' or 'full'")
     grown = (height + rows - 1, width + columns - 1)
-    period = tuple(int(scipy.fft.next_fast_len(n, real=True)) for n in grown)
-    return Blur(sides, (*sides[:-2], *grown), kernel, period, (0, 0))
+    tall, wide = (int(scipy.fft.next_fast_len(n, real=True)) for n in grown)
+    return Blur(sides, (*sides[:-2], *grown), kernel, (tall, wide), (0, 0))
 
 
 # ---------------------------------------------------------------------------------------------- missing entries

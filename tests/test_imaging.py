@@ -14,7 +14,7 @@ import scipy.signal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from solvers import imaging
+from solvers import imaging, plug_and_play
 from solvers.imaging import LeastSquares
 from solvers.proximal.functional import Regularizer
 
@@ -293,8 +293,6 @@ class Absolute(Regularizer):
 @pytest.mark.parametrize("name", ["circular", "sensing"])
 def test_it_is_a_data_term_for_plug_and_play(name, key):
     """ADMM with conjugate gradients inside and proximal gradient descent meet at a point where 0 ∈ ∇h + ∂R."""
-    from solvers import plug_and_play
-
     a = operators(key)[name]
     b = a(jax.random.normal(key, a.shape_in))
     h = LeastSquares(a, b, norm_squared=imaging.norm_bounds(a, key).upper)
@@ -331,7 +329,7 @@ def test_it_is_a_data_term_for_plug_and_play(name, key):
         (lambda: imaging.compressed_sensing(jax.random.key(0), (3, 3), 10), "rows is 10, expected 1 to 9"),
         (lambda: imaging.from_functions(lambda x: (x, x), None, (3,)), "apply returns tuple, expected an array"),
         (lambda: imaging.from_functions(lambda x: x[:2], lambda y: y, (3,)), r"adjoint maps \(2,\) to \(2,\), expected \(3,\)"),
-        (lambda: imaging.from_lineax(lineax.IdentityLinearOperator((jax.eval_shape(jnp.ones, 2),) * 2)), "in_structure"),
+        (lambda: imaging.from_lineax(lineax.IdentityLinearOperator((jax.eval_shape(lambda: jnp.ones(2)),) * 2)), "in_structure"),
         (lambda: imaging.norm_bounds(imaging.blur(KERNEL, (3, 3)), jax.random.key(0), 0), "steps is 0"),
         (lambda: imaging.norm_bounds(imaging.blur(KERNEL, (3, 3)), jax.random.key(0), failure=1.0), "failure is 1.0"),
         (lambda: LeastSquares(imaging.blur(KERNEL, (8, 8)), jnp.ones((9, 8))), r"b: has shape \(9, 8\)"),
