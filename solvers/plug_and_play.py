@@ -317,7 +317,7 @@ def _run(
             return _Carry(new, carry.k + 1, carry.changes.at[carry.k].set(change), status, first)
 
         begin = _Carry(start, jnp.int32(0), changes, jnp.int32(-1), jnp.zeros((), z.dtype))
-        end = lax.while_loop(more, turn, begin)
+        end = lax.stop_gradient(lax.while_loop(more, turn, begin))  # newer versions of jax would differentiate it
         status = jnp.where(end.status < 0, Status.MAX_STEPS, end.status)
         # As real numbers, since `custom_root` has no tangents for others.
         return end.state, (end.k.astype(z.dtype), end.changes, status.astype(z.dtype))

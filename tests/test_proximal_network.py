@@ -50,13 +50,12 @@ def test_the_networks_of_the_paper_have_its_parameters(make, expected, key):
 
 @settings(max_examples=12, deadline=None)
 @given(seed=st.integers(0, 10**6), kind=st.sampled_from(list(SHAPES)), kept=st.sampled_from(["projection", "softplus"]))
-def test_the_jacobian_is_symmetric_and_at_least_alpha(seed, kind, kept):
-    with jax.experimental.enable_x64():
-        key = jax.random.key(seed)
-        net = network(kind, key, kept)
-        j = np.asarray(jacobian_of(net, 2 * jax.random.normal(key, net.shape, jnp.float64)))
-        assert np.abs(j - j.T).max() <= 1e-12 * np.abs(j).max()
-        assert np.linalg.eigvalsh(j)[0] >= 0.1 - 1e-10
+def test_the_jacobian_is_symmetric_and_at_least_alpha(x64, seed, kind, kept):
+    key = jax.random.key(seed)
+    net = network(kind, key, kept)
+    j = np.asarray(jacobian_of(net, 2 * jax.random.normal(key, net.shape, jnp.float64)))
+    assert np.abs(j - j.T).max() <= 1e-12 * np.abs(j).max()
+    assert np.linalg.eigvalsh(j)[0] >= 0.1 - 1e-10
 
 
 def test_a_negative_weight_breaks_it_and_the_projection_mends_it(x64, key):
@@ -136,20 +135,19 @@ def test_resizing(sides, x64, key):
 
 @settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 10**6), kind=st.sampled_from(list(SHAPES)))
-def test_certified_constants_are_not_exceeded(seed, kind):
-    with jax.experimental.enable_x64():
-        key = jax.random.key(seed)
-        net = network(kind, key)
-        lipschitz, spread = proximal.certified(net)
-        y = 3 * jax.random.normal(key, (20, *net.shape), jnp.float64)
-        slopes = slopes_of(net, y)
-        far = jnp.concatenate([y, 100 * y])
-        left = applied(net, far) - net.alpha * far
-        sizes = jnp.linalg.norm(left.reshape(len(far), -1), axis=1)
-        assert float(slopes.max()) <= lipschitz and float(sizes.max()) <= spread * (1 + 1e-9)
-        assert spread <= 100 * float(sizes.max())  # and not by being infinite
-        found = float(power_of(net, y[0], key))  # slow where the two largest are close, but never above
-        assert 0.95 * float(slopes[0]) <= found <= float(slopes[0]) * (1 + 1e-9)
+def test_certified_constants_are_not_exceeded(x64, seed, kind):
+    key = jax.random.key(seed)
+    net = network(kind, key)
+    lipschitz, spread = proximal.certified(net)
+    y = 3 * jax.random.normal(key, (20, *net.shape), jnp.float64)
+    slopes = slopes_of(net, y)
+    far = jnp.concatenate([y, 100 * y])
+    left = applied(net, far) - net.alpha * far
+    sizes = jnp.linalg.norm(left.reshape(len(far), -1), axis=1)
+    assert float(slopes.max()) <= lipschitz and float(sizes.max()) <= spread * (1 + 1e-9)
+    assert spread <= 100 * float(sizes.max())  # and not by being infinite
+    found = float(power_of(net, y[0], key))  # slow where the two largest are close, but never above
+    assert 0.95 * float(slopes[0]) <= found <= float(slopes[0]) * (1 + 1e-9)
 
 
 def test_many_signals_are_one_at_a_time(key):

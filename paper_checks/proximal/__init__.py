@@ -1,11 +1,24 @@
 """What's in a Prior? Learned Proximal Networks for Inverse Problems (Fang, Buchanan, Sulam; ICLR 2024): its claims.
 
 P1 to P14 are about the network and the function of which it is the proximal map (`networks`, `priors`), T1 and T2 about the loss
-that it is trained with (`matching`), T3 and T4 about the iterations that it is used in (`splitting`), E about the paper's
-experiments (`experiments`).
+that it is trained with and what that aims at (`matching`, `targets`), T3 and T4 about the iterations that it is used in
+(`splitting`), E about the paper's experiments (`experiments`).
 """
 
 from paper_checks.proximal.common import PAPER
+from paper_checks.proximal.experiments import digits, faces, laplace, tomography
+from paper_checks.proximal.matching import (
+    exact_bias,
+    finite_width,
+    large_widths,
+    limit,
+    matched_prior,
+    prior_bias,
+    published_widths,
+    small_widths,
+    stays_proximal,
+    warm_start,
+)
 from paper_checks.proximal.networks import (
     coercivity,
     constants,
@@ -25,6 +38,7 @@ from paper_checks.proximal.splitting import (
     splitting_converges,
     weight,
 )
+from paper_checks.proximal.targets import exact_targets, gaussian, other_losses
 
 __all__ = [
     "PAPER",
@@ -33,20 +47,37 @@ __all__ = [
     "coercivity",
     "constants",
     "descent_converges",
+    "digits",
     "envelope",
+    "exact_bias",
+    "exact_targets",
     "exactly_proximal",
     "expressivity",
+    "faces",
+    "finite_width",
     "floor",
     "formula",
+    "gaussian",
     "gradients",
     "inequalities",
     "inexact",
+    "laplace",
+    "large_widths",
+    "limit",
     "local_law",
+    "matched_prior",
+    "other_losses",
     "patches",
+    "prior_bias",
+    "published_widths",
     "released",
     "scaled",
+    "small_widths",
     "smoothness",
     "splitting_converges",
+    "stays_proximal",
+    "tomography",
+    "warm_start",
     "weak_convexity",
     "weight",
 ]

@@ -427,8 +427,8 @@ def constants(ctx: Context) -> Outcome:
         nets, y = networks(ctx, n), signals(ctx, n)
         found = all_certified(nets)
         slopes = np.asarray(over(largest)(nets, y).max(1))
-        moved = np.asarray(over(lambda net, y: jnp.linalg.norm(net(y) - net.alpha * y))(nets, 100 * y).max(1))
-        both = [ratios(c, nets.alpha, s, m) for c, s, m in zip(found, slopes, moved, strict=True)]
+        far = np.asarray(over(lambda net, y: jnp.linalg.norm(net(y) - net.alpha * y))(nets, 100 * y).max(1))
+        both = [ratios(c, nets.alpha, s, m) for c, s, m in zip(found, slopes, far, strict=True)]
         slack[f"slope, {n} entries"], slack[f"range, {n} entries"] = 1 - np.max(both, 0)
         loose.append(f"{np.median([c.lipschitz / s for c, s in zip(found, slopes, strict=True)]):.0f}")
     return ctx.cases(

@@ -240,7 +240,9 @@ def floor(ctx: Context) -> Outcome:
     slack, least = {}, np.inf
     for alpha in (0.05, 0.3, 0.8):
         nets = networks(ctx, 1, alpha)
-        linear = eqx.tree_at(lambda m: (m.output, m.output_skip), nets, (0 * nets.output, 0 * nets.output_skip))
+        linear = eqx.tree_at(
+            lambda m: (m.output, m.output_skip), nets, (0 * nets.output, jnp.zeros((len(nets.output), 1)))
+        )
         for threshold in (0.5, 1.0, 2.0):
             y = threshold * jnp.linspace(-1, 1, 201)[:, None]  # where the soft threshold is zero
             for name, some in (("random", nets), ("linear", linear)):

@@ -3,6 +3,7 @@
 from solvers.proximal.functional import Regularizer
 from solvers.proximal.network import LearnedProximal, certified, convolutional, image128, mlp, mnist, projected
 from solvers.proximal.prior import Evaluation, LearnedRegularizer, regularizer
+from solvers.proximal.weights import load
 
 __all__ = [
     "Evaluation",
@@ -12,6 +13,7 @@ __all__ = [
     "certified",
     "convolutional",
     "image128",
+    "load",
     "mlp",
     "mnist",
     "projected",

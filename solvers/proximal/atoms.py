@@ -45,8 +45,9 @@ class Atoms(eqx.Module):
         return jax.nn.logsumexp(jnp.where(same, log_weights, -jnp.inf), -1)
 
     def sample(self, key: PRNGKeyArray, shape: tuple[int, ...] = ()) -> Float[Array, "*_ n"]:
-        points, log_weights = self._parts(jnp.zeros(()))
-        return points[jax.random.categorical(key, log_weights, shape=shape)]
+        total = jnp.cumsum(jnp.asarray(self.weights, jnp.result_type(float)))
+        u = total[-1] * jax.random.uniform(key, shape)
+        return jnp.asarray(self.points, u.dtype)[jnp.searchsorted(total, u)]
 
     def mean(self, y: Float[Array, "*batch n"], sigma: Level) -> Float[Array, "*batch n"]:
         """E[x | y].  Raises ValueError unless σ > 0."""
@@ -208,11 +209,11 @@ def _best(starts: Array, given: Array, gamma: Level, points: Array) -> Array:
         slack = 8 * eps * (1 + jnp.abs(height(mean)))
         return jnp.where(height(newton) >= height(mean) - slack, newton, mean)
 
-    def going(state: tuple[Array, ...]) -> Array:
+    def going(state: Any) -> Array:
         _, moved, taken = state
         return (taken < 500) & jnp.any(moved > 16 * eps * size)
 
-    def body(state: tuple[Array, ...]) -> tuple[Array, ...]:
+    def body(state: Any) -> Any:
         c, _, taken = state
         new = jax.vmap(better)(c)
         return new, jnp.abs(new - c), taken + 1
@@ -232,12 +233,12 @@ def _inverse_mean(x: Array, variance: Level, points: Array, log_weights: Array, 
         spread = (p[:, None] * (points - mean)).T @ (points - mean)
         return variance * jax.nn.logsumexp(logits) - m @ x, mean - x, spread / variance
 
-    def going(state: tuple[Array, ...]) -> Array:
+    def going(state: Any) -> Array:
         m, taken = state
         left = jnp.abs(parts(m)[1]).max()
         return (taken < max_steps) & (left > 64 * jnp.finfo(x.dtype).eps * jnp.abs(points).max())
 
-    def body(state: tuple[Array, ...]) -> tuple[Array, ...]:
+    def body(state: Any) -> Any:
         m, taken = state
         value, slope, curvature = parts(m)
         ridge = 1e-12 * jnp.trace(curvature) + jnp.finfo(x.dtype).tiny

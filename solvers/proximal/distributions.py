@@ -40,13 +40,11 @@ class Laplace(Distribution):
     def sample(self, key: PRNGKeyArray, shape: tuple[int, ...] = ()) -> Float[Array, "*_"]:
         return self.scale * jax.random.laplace(key, shape)
 
-    def mode(self, y: Real, sigma: Level) -> Real:
-        check_positive("mode", sigma=sigma)
+    def _mode(self, y: Array, sigma: Level) -> Array:
         return y - jnp.clip(y, -(sigma**2) / self.scale, sigma**2 / self.scale)
 
-    def median(self, y: Real, sigma: Level) -> Real:
+    def _median(self, y: Array, sigma: Level) -> Array:
         """The posterior is N(y - σ²/b, σ²) on the right and N(y + σ²/b, σ²) on the left, cut off at zero."""
-        check_positive("median", sigma=sigma)
         b, t = self.scale, sigma / self.scale
         u, side = _turned(y, 0.0)
         right, left = -u / b + scalar.log_cdf(u / sigma - t), u / b + scalar.log_cdf(-u / sigma - t)
@@ -80,19 +78,18 @@ class Gaussian(Distribution):
     def sample(self, key: PRNGKeyArray, shape: tuple[int, ...] = ()) -> Float[Array, "*_"]:
         return self.location + self.scale * jax.random.normal(key, shape)
 
-    def mode(self, y: Real, sigma: Level) -> Real:
-        check_positive("mode", sigma=sigma)
+    def _mode(self, y: Array, sigma: Level) -> Array:
         s = self.scale**2
         return (s * y + sigma**2 * self.location) / (s + sigma**2)
 
-    def median(self, y: Real, sigma: Level) -> Real:
-        return self.mode(y, sigma)
+    def _median(self, y: Array, sigma: Level) -> Array:
+        return self._mode(y, sigma)
 
-    def mean(self, y: Real, sigma: Level) -> Real:
-        return self.mode(y, sigma)
+    def _mean(self, y: Array, sigma: Level) -> Array:
+        return self._mode(y, sigma)
 
     def _matched(self, y: Array, sigma: Level, share: Level) -> Array:
-        return self.mode(y, sigma)
+        return self._mode(y, sigma)
 
     @property
     def middle(self) -> tuple[Level, Level]:
@@ -122,13 +119,11 @@ class Uniform(Distribution):
     def sample(self, key: PRNGKeyArray, shape: tuple[int, ...] = ()) -> Float[Array, "*_"]:
         return self.low + (self.high - self.low) * jax.random.uniform(key, shape)
 
-    def mode(self, y: Real, sigma: Level) -> Real:
-        check_positive("mode", sigma=sigma)
+    def _mode(self, y: Array, sigma: Level) -> Array:
         return jnp.clip(y, self.low, self.high)
 
-    def median(self, y: Real, sigma: Level) -> Real:
+    def _median(self, y: Array, sigma: Level) -> Array:
         """Of N(y, σ²) cut off at both ends."""
-        check_positive("median", sigma=sigma)
         half, centre = (self.high - self.low) / 2, (self.low + self.high) / 2
         u, side = _turned(y, centre)
         least = (-half - u) / sigma
@@ -138,7 +133,8 @@ class Uniform(Distribution):
             # Equal to log(total/2) - log P(x < m) at the root, without the difference of equal numbers at m = -half.
             return jnp.logaddexp(total, scalar.log_cdf(least)) - scalar.log_cdf((m - u) / sigma)
 
-        return centre + side * scalar.root(short, jnp.full_like(u, -half), jnp.full_like(u, half))
+        # Adding nothing keeps a NaN.
+        return centre + side * scalar.root(short, 0 * u - half, 0 * u + half)
 
     @property
     def middle(self) -> tuple[Level, Level]:
@@ -157,9 +153,9 @@ class Mixture(Distribution):
 
     def __init__(
         self,
-        means: Sequence[float] | Float[Array, " k"],
-        scales: Sequence[float] | Float[Array, " k"],
-        weights: Sequence[float] | Float[Array, " k"],
+        means: Sequence[float] | Float[Array | np.ndarray, " k"],
+        scales: Sequence[float] | Float[Array | np.ndarray, " k"],
+        weights: Sequence[float] | Float[Array | np.ndarray, " k"],
     ):
         self.means, self.scales, self.weights = (_numbers(v) for v in (means, scales, weights))
         shapes = [v.shape for v in (self.means, self.scales, self.weights)]
@@ -183,12 +179,10 @@ class Mixture(Distribution):
         part = jax.random.categorical(which, log_weights, shape=shape)
         return means[part] + jnp.sqrt(variances)[part] * v
 
-    def mode(self, y: Real, sigma: Level) -> Real:
-        check_positive("mode", sigma=sigma)
+    def _mode(self, y: Array, sigma: Level) -> Array:
         return self._matched(y, sigma, 0.0)
 
-    def median(self, y: Real, sigma: Level) -> Real:
-        check_positive("median", sigma=sigma)
+    def _median(self, y: Array, sigma: Level) -> Array:
         means, variances, log_weights = self._parts(y)
         each = _means_given(y, sigma, means, variances)
         return _normals_median(y, sigma, means, variances, log_weights, each.min(-1), each.max(-1))
@@ -211,13 +205,12 @@ class Mixture(Distribution):
         return max(0.0, float(np.ptp(self.means)) ** 2 / (4 * s**2) - 1 / s)
 
     def _points(self, y: Array, sigma: Level, more: Array) -> tuple[Array, int]:
-        # The smoothed posterior is a mixture about these means, with maxima between the outermost and close to each that counts.
+        # The smoothed posterior is a mixture about these means, with maxima between the outermost and near all that count.
         means, variances, _ = self._parts(y)
         each = _means_given(y, sigma, means, variances)
         spread = jnp.sqrt(variances * sigma**2 / (variances + sigma**2) + more)
         spread = jnp.minimum(spread, (each.max(-1) - each.min(-1))[..., None])  # γ may be infinite
         near = each[..., None] + spread[..., None] * jnp.array([-4, -2, -1, 0, 1, 2, 4], y.dtype)
-        near = jnp.clip(near, each.min(-1)[..., None, None], each.max(-1)[..., None, None])
         return jnp.moveaxis(jnp.sort(near.reshape(*y.shape, -1), -1), -1, 0), 2 * len(means)
 
     def _parts(self, x: Array) -> tuple[Array, Array, Array]:
@@ -253,9 +246,8 @@ class StudentT(Distribution):
     def sample(self, key: PRNGKeyArray, shape: tuple[int, ...] = ()) -> Float[Array, "*_"]:
         return jax.random.t(key, self.df, shape)
 
-    def mode(self, y: Real, sigma: Level) -> Real:
+    def _mode(self, y: Array, sigma: Level) -> Array:
         """The best of the roots of c³ - y c² + (ν + σ² (ν+1)) c - ν y."""
-        check_positive("mode", sigma=sigma)
         nu = self.df
         u, side = _turned(y, 0.0)
         linear = nu + sigma**2 * (nu + 1)
@@ -271,8 +263,7 @@ class StudentT(Distribution):
         points = jnp.stack([jnp.zeros_like(u), u / 3 - apart, u / 3 + apart, u])
         return side * scalar.implicit(rest, lambda: scalar.maximum(value, rest, points, 3), u)
 
-    def median(self, y: Real, sigma: Level) -> Real:
-        check_positive("median", sigma=sigma)
+    def _median(self, y: Array, sigma: Level) -> Array:
 
         def one(y: Array) -> Array:
             variances, log_weights = self._parts(y)
@@ -281,8 +272,8 @@ class StudentT(Distribution):
 
         return scalar.in_chunks(one, y, self.CHUNK)
 
-    def mean(self, y: Real, sigma: Level) -> Real:
-        return scalar.in_chunks(lambda y: super(StudentT, self).mean(y, sigma), y, self.CHUNK)
+    def _mean(self, y: Array, sigma: Level) -> Array:
+        return scalar.in_chunks(lambda y: super(StudentT, self)._mean(y, sigma), y, self.CHUNK)
 
     def _matched(self, y: Array, sigma: Level, share: Level) -> Array:
         return scalar.in_chunks(lambda y: super(StudentT, self)._matched(y, sigma, share), y, self.CHUNK)
@@ -301,7 +292,7 @@ class StudentT(Distribution):
 
     def _points(self, y: Array, sigma: Level, more: Array) -> tuple[Array, int]:
         part = jnp.linspace(0, 1, 17, dtype=y.dtype).reshape(-1, *([1] * y.ndim))
-        return y * part, 2
+        return jnp.minimum(y, 0) + jnp.abs(y) * part, 2
 
     def _parts(self, x: Array) -> tuple[Array, Array]:
         """The variances 1/λ and the logarithms of the weights: λ of Γ(ν/2, ν/2), by the trapezoidal rule in log λ."""

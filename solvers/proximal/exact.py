@@ -72,12 +72,12 @@ class Distribution(eqx.Module):
         """Independent draws."""
 
     @abstractmethod
-    def mode(self, y: Real, sigma: Level) -> Real:
-        """argmax p(x | y), the proximal map of -σ² log p; where there are two, either.  Raises ValueError unless σ > 0."""
+    def _mode(self, y: Array, sigma: Level) -> Array:
+        """See `mode`."""
 
     @abstractmethod
-    def median(self, y: Real, sigma: Level) -> Real:
-        """The median of p(x | y).  Raises ValueError unless σ > 0."""
+    def _median(self, y: Array, sigma: Level) -> Array:
+        """See `median`."""
 
     @property
     @abstractmethod
@@ -100,12 +100,22 @@ class Distribution(eqx.Module):
     def mean(self, y: Real, sigma: Level) -> Real:
         """E[x | y].  Raises ValueError unless σ > 0."""
         check_positive("mean", sigma=sigma)
-        return y + sigma**2 * self.score(y, sigma)
+        return compiled(self, "_mean", y, sigma)
+
+    def median(self, y: Real, sigma: Level) -> Real:
+        """The median of p(x | y).  Raises ValueError unless σ > 0."""
+        check_positive("median", sigma=sigma)
+        return compiled(self, "_median", y, sigma)
+
+    def mode(self, y: Real, sigma: Level) -> Real:
+        """argmax p(x | y), the proximal map of -σ² log p; where there are two, either.  Raises ValueError unless σ > 0."""
+        check_positive("mode", sigma=sigma)
+        return compiled(self, "_mode", y, sigma)
 
     def matched(self, y: Real, sigma: Level, gamma: Level) -> Real:
         """f_γ(y), the minimiser of the proximal matching loss of width γ.  Raises ValueError unless σ > 0 and γ > 0."""
         check_positive("matched", sigma=sigma, gamma=gamma)
-        return self._matched(y, sigma, share_of(sigma, gamma))
+        return compiled(self, "_matched", y, sigma, share_of(sigma, gamma))
 
     def regularizer(self, sigma: Level) -> NegativeLog:
         """-σ² log p, of which `mode` is the proximal map.  Raises ValueError unless σ > 0."""
@@ -116,6 +126,9 @@ class Distribution(eqx.Module):
         """R_γ, of which `matched` is the proximal map.  Raises ValueError unless σ > 0 and γ > 0."""
         check_positive("matched_regularizer", sigma=sigma, gamma=gamma)
         return MatchedPrior(self, sigma, share_of(sigma, gamma))
+
+    def _mean(self, y: Array, sigma: Level) -> Array:
+        return y + sigma**2 * self.score(y, sigma)
 
     def _matched(self, y: Array, sigma: Level, share: Level) -> Array:
         """The mode of p(x | y) * N(0, γ²/2) in terms of w."""
@@ -132,9 +145,11 @@ class Distribution(eqx.Module):
         def value(c: Array) -> Array:
             return self.log_smoothed(share * y + (1 - share) * c, tau) - (1 - share) * (c - y) ** 2 / (2 * sigma**2)
 
-        # The variance of the kernel, γ²/2 = w σ²/(1 - w).
-        points, count = self._points(y, sigma, tau**2 / (1 - share))
-        return scalar.implicit(slope, lambda: scalar.maximum(value, slope, points, count), y)
+        def search() -> Array:
+            # The variance of the kernel, γ²/2 = w σ²/(1 - w).
+            return scalar.maximum(value, slope, *self._points(y, sigma, tau**2 / (1 - share)))
+
+        return scalar.implicit(slope, search, y)
 
     def _points(self, y: Array, sigma: Level, more: Array) -> tuple[Array, int]:
         """Numbers, sorted along a new first axis, between which the maxima of the posterior with `more` variance lie, and how
@@ -173,25 +188,17 @@ class MatchedPrior(Regularizer):
     share: Level
 
     def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, ""]:
-        m, inside = self._inverse(x)
-        value = -(self.sigma**2) * self.distribution.log_smoothed(m, self.tau) - (m - x) ** 2 / (2 * self.share)
-        return jnp.sum(jnp.where(inside, value, jnp.inf))
+        return compiled(self, "_value", x)
 
     def grad(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         """(m - x)/w; NaN where R_γ is infinite."""
-        m, inside = self._inverse(x)
-        return jnp.where(inside, (m - x) / self.share, jnp.nan)
+        return compiled(self, "_grad", x)
 
     def prox(self, v: Float[Array, "*shape"], lam: float | Float[Array, ""] = 1.0) -> Float[Array, "*shape"]:
         """For lam > w the map matched at noise √lam σ with the same τ.  For less, D(m) with lam/w m + (1 - lam/w) D(m) = v, which
         has one root m, as D(m) = m + τ² (log p_τ)'(m) increases.  Raises ValueError unless lam > 0."""
         check_positive("prox", lam=lam)
-        p, tau = self.distribution, self.tau
-        ratio = jnp.asarray(lam / self.share, v.dtype)
-        far, near = jnp.maximum(ratio, 1.0), jnp.minimum(ratio, 1.0)
-        above = p._matched(v, self.sigma * jnp.sqrt(self.share * far), 1 / far)
-        m = scalar.inverse(lambda m: m + (1 - near) * tau**2 * p.score(m, tau), v, tau)
-        return jnp.where(ratio > 1, above, m + tau**2 * p.score(m, tau))
+        return compiled(self, "_prox", v, lam)
 
     @property
     def tau(self) -> Float[Array, ""]:
@@ -204,6 +211,23 @@ class MatchedPrior(Regularizer):
             return 0.0
         return None if isinstance(self.share, jax.core.Tracer) else float(1 / self.share)
 
+    def _value(self, x: Array) -> Array:
+        m, inside = self._inverse(x)
+        value = -(self.sigma**2) * self.distribution.log_smoothed(m, self.tau) - (m - x) ** 2 / (2 * self.share)
+        return jnp.sum(jnp.where(inside, value, jnp.inf))
+
+    def _grad(self, x: Array) -> Array:
+        m, inside = self._inverse(x)
+        return jnp.where(inside, (m - x) / self.share, jnp.nan)
+
+    def _prox(self, v: Array, lam: Array) -> Array:
+        p, tau = self.distribution, self.tau
+        ratio = lam / self.share
+        far, near = jnp.maximum(ratio, 1.0), jnp.minimum(ratio, 1.0)
+        above = p._matched(v, self.sigma * jnp.sqrt(self.share * far), 1 / far)
+        m = scalar.inverse(lambda m: m + (1 - near) * tau**2 * p.score(m, tau), v, tau)
+        return jnp.where(ratio > 1, above, m + tau**2 * p.score(m, tau))
+
     def _inverse(self, x: Array) -> tuple[Array, Array]:
         """m with x = m + τ² (log p_τ)'(m), and whether there is one."""
 
@@ -213,3 +237,17 @@ class MatchedPrior(Regularizer):
         m = scalar.inverse(mean, x, self.tau)
         slack = 1e3 * float(jnp.finfo(x.dtype).eps) * (jnp.abs(m) + jnp.abs(x) + self.tau)
         return m, jnp.abs(mean(m) - x) <= slack
+
+
+def compiled(module: eqx.Module, what: str, y: Array, *levels: Level) -> Array:
+    """A method, compiled once for all parameters and levels of noise; else its searches would be compiled at every call."""
+
+    def traced(v: Any) -> Any:
+        return jnp.asarray(v, y.dtype) if isinstance(v, float | int | np.ndarray) else v
+
+    return _compiled(jax.tree.map(traced, module), what, y, *(jnp.asarray(v, y.dtype) for v in levels))
+
+
+@eqx.filter_jit
+def _compiled(module: eqx.Module, what: str, y: Array, *levels: Array) -> Array:
+    return getattr(module, what)(y, *levels)

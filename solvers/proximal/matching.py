@@ -6,7 +6,8 @@
     matching    E [1 - exp(-‖f(y) - x‖² / γ²)]      as γ → 0 the mode, prox of -σ² log p (Theorem 3.2)
 
 The gradient of the last vanishes far from the target, so that it needs a start near it and a γ that falls in stages:
-`paper_laplace`, `paper_images`, `our_images`, `annealed`.  With γ far above σ its minimiser is close to the posterior mean again: `regime`.
+`paper_laplace`, `paper_images`, `our_images`, `annealed`.  With γ far above σ its minimiser is close to the posterior mean again:
+`regime`.
 `solvers.proximal.training` follows a schedule.
 """
 
@@ -116,7 +117,7 @@ def paper_images(shape: Sequence[int], *, steps: int = 40_000, gamma: float = 0.
 
 
 def our_images(shape: Sequence[int], *, steps: int, gamma: float = 0.08, rate: float = 1e-2) -> tuple[Stage, ...]:
-    """Ours for images of n entries, a tenth of the paper's steps: squared error at a rate that falls from `rate` to a tenth of it,
+    """Ours for images of n entries, for a tenth of the paper's steps: squared error at a rate that falls from `rate` to a tenth,
     then the paper's four widths in three eighths of the steps, at a tenth of the rate and in the end zero."""
     if steps < 32:
         raise ValueError(f"our_images: steps is {steps}, expected at least 32")

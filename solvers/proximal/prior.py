@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -214,7 +214,7 @@ def _argmin(network: LearnedProximal, x: Array, lam: Array, tolerance: float, ma
     given = (network, x, lam)
     if x.size <= DENSE:
         precision = max(tolerance * 1e-2, 10 * float(jnp.finfo(x.dtype).eps))
-        levenberg = optx.LevenbergMarquardt(precision, precision)
+        levenberg: Any = optx.LevenbergMarquardt(precision, precision)
         return optx.root_find(_slope, levenberg, x, given, max_steps=max_steps, throw=False).value
     allowed = 0.5 * _allowed(x, tolerance)
     solve = functools.partial(_descended, allowed=allowed, max_steps=10 * max_steps)
@@ -253,7 +253,7 @@ def _descended(gradient: Callable[[Array], Array], start: Array, allowed: Array,
         return _Descent(new, ahead, at, later, slope, s.steps + 1)
 
     begin = _Descent(start, start, gradient(start), one, one, jnp.int32(0))
-    return lax.while_loop(more, step, begin).ahead
+    return lax.stop_gradient(lax.while_loop(more, step, begin).ahead)  # newer versions of jax would differentiate it
 
 
 def _solve_symmetric(matvec: Callable[[Array], Array], y: Array) -> Array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,20 +21,51 @@ def log_normal(x: Float[Array, "*s"], variance: float | Float[Array, "*_"]) -> F
     return -(x**2) / (2 * variance) - jnp.log(variance) / 2 - HALF_LOG_2_PI
 
 
+@jax.custom_jvp
 def log_cdf(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
-    """log Φ(x) to a few units of the last place at every x, derivatives too."""
-    # Below -3 by the continued fraction of Mills' ratio: the asymptotic series of jax.scipy is right to 4e-9 only.
-    tail = x < -3
-    z = jnp.where(tail, -x, 3.0)
+    """log Φ(x) to a few units of the last place at every x, and derivatives alike."""
+    return _normal(x)[0]
+
+
+@jax.custom_jvp
+def _hazard(x: Array) -> Array:
+    """φ(x)/Φ(x), the derivative of log Φ."""
+    return _normal(x)[1]
+
+
+FAR = 10.0
+
+
+def _normal(x: Array) -> tuple[Array, Array, Array]:
+    """log Φ(x), h = φ(x)/Φ(x), and h + x without the difference of large numbers."""
+    # Below -FAR by Mills' continued fraction z + 1/(z + 2/(z + ...)) for z = -x, as erfc underflows, and as the asymptotic
+    # series of jax.scipy is right to 4e-9 only.
+    tail = x < -FAR
+    z, u = jnp.where(tail, -x, FAR), jnp.where(tail, 0.0, x)
     fraction = z
-    for k in range(24, 0, -1):
+    for k in range(7, 1, -1):
         fraction = z + k / fraction
-    low = -(z**2) / 2 - HALF_LOG_2_PI - jnp.log(fraction)
-    u = jnp.where(tail, 0.0, x)
+    rest = 1 / fraction
     half = jax.scipy.special.erfc(jnp.abs(u) / math.sqrt(2)) / 2
-    # The derivative of a logarithm of zero is NaN also where it is not selected.
     right = u > 0
-    return jnp.where(tail, low, jnp.where(right, jnp.log1p(-half), jnp.log(jnp.where(right, 0.5, half))))
+    logarithm = jnp.where(right, jnp.log1p(-half), jnp.log(half))
+    ratio = jnp.exp(-(u**2) / 2 - HALF_LOG_2_PI) / jnp.where(right, 1 - half, half)
+    return (
+        jnp.where(tail, -(z**2) / 2 - HALF_LOG_2_PI - jnp.log(z + rest), logarithm),
+        jnp.where(tail, z + rest, ratio),
+        jnp.where(tail, rest, ratio + u),
+    )
+
+
+@log_cdf.defjvp
+def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    return log_cdf(*primals), _hazard(*primals) * tangents[0]
+
+
+@_hazard.defjvp
+def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    _, h, excess = _normal(*primals)
+    return h, -h * excess * tangents[0]
 
 
 def log_between(a: Float[Array, "*s"], b: Float[Array, "*s"]) -> Float[Array, "*s"]:
@@ -50,7 +82,7 @@ def derivative(f: Function, x: Float[Array, "*s"]) -> Float[Array, "*s"]:
 def implicit(f: Function, search: Callable[[], Array], like: Float[Array, "*s"]) -> Float[Array, "*s"]:
     """The root of f that `search` finds, with the derivatives of the implicit function theorem; nothing is differentiated
     through the search."""
-    return lax.custom_root(f, like, lambda *_: search(), lambda g, b: b / g(jnp.ones_like(b)))
+    return lax.custom_root(f, like, lambda *_: lax.stop_gradient(search()), lambda g, b: b / g(jnp.ones_like(b)))
 
 
 def root(f: Function, low: Float[Array, "*s"], high: Float[Array, "*s"]) -> Float[Array, "*s"]:
@@ -64,12 +96,12 @@ def bracketed(f: Function, low: Float[Array, "*s"], high: Float[Array, "*s"]) ->
     eps = float(jnp.finfo(low.dtype).eps)
     floor = eps**2 * jnp.maximum(jnp.abs(low), jnp.abs(high))
 
-    def going(state: tuple[Array, ...]) -> Array:
+    def going(state: Any) -> Array:
         *_, x, step, taken = state
         # A step that is NaN ends the search of its entry.
         return (taken < 200) & jnp.any(step > 16 * eps * jnp.abs(x) + floor)
 
-    def body(state: tuple[Array, ...]) -> tuple[Array, ...]:
+    def body(state: Any) -> Any:
         low, high, x, step, taken = state
         value, slope = jax.jvp(f, (x,), (jnp.ones_like(x),))
         low, high = jnp.where(value > 0, x, low), jnp.where(value > 0, high, x)

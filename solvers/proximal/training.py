@@ -216,7 +216,7 @@ def _one_step(run: _Run, carry: Any, step: Array, rate: Array, key: Array, at: A
     if isinstance(network, LearnedProximal):
         after = eqx.filter(projected(network), eqx.is_inexact_array)
     mean = None
-    if average is not None:
+    if average is not None and run.ema is not None:
         # Less weight to the past in the first steps: else the start would stay in the average for 1/(1 - ema) steps.
         decay = jnp.minimum(run.ema, (1 + step) / (10 + step))
         mean = jax.tree.map(lambda old, new: (decay * old + (1 - decay) * new).astype(old.dtype), average, after)
