@@ -69,6 +69,7 @@ class Rotated(eqx.Module):
     turn: Float[Array, "2 2"]
     sigma: float = eqx.field(static=True, default=1.0)
     gamma: float = eqx.field(static=True, default=0.5)
+    batch: int = eqx.field(static=True, default=2 * BATCH)
 
     def __call__(self, key: Array, count: int) -> tuple[Float[Array, "count 2"], Float[Array, "count 2"]]:
         """Three quarters as they come; the others as on the line, along both axes, on ±8, where all but one in a thousand are."""
@@ -99,6 +100,7 @@ class Normals(eqx.Module):
     scale: float = eqx.field(static=True)
     sigma: float = eqx.field(static=True)
     gamma: float = eqx.field(static=True)
+    batch: int = eqx.field(static=True, default=BATCH)
 
     def __call__(self, key: Array, count: int) -> Float[Array, "count 2"]:
         first, second = jax.random.split(key)
@@ -248,7 +250,7 @@ def polished(
 
 
 def train_plane(
-    prior: Any, seed: int, share: float, batch: int = 1024, progress: bool = False, checkpoint: Path | None = None
+    prior: Any, seed: int, share: float, progress: bool = False, checkpoint: Path | None = None
 ) -> tuple[LearnedProximal, float]:
     """A network for a distribution in the plane, and the part of its weights that are zero."""
     make, run = jax.random.split(jax.random.key(seed))
@@ -264,7 +266,7 @@ def train_plane(
         prior,
         schedule,
         sigma=prior.sigma,
-        batch=batch,
+        batch=prior.batch,
         ema=EMA,
         progress=progress,
         checkpoint=checkpoint,
