@@ -3,6 +3,7 @@
 from solvers.proximal.functional import Regularizer
 from solvers.proximal.network import LearnedProximal, certified, convolutional, image128, mlp, mnist, projected
 from solvers.proximal.prior import Evaluation, LearnedRegularizer, regularizer
+from solvers.proximal.training import train
 from solvers.proximal.weights import load
 
 __all__ = [
@@ -18,4 +19,5 @@ __all__ = [
     "mnist",
     "projected",
     "regularizer",
+    "train",
 ]
