@@ -193,7 +193,13 @@ def main() -> None:
     given = arguments()
     # Before anything starts threads.
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: given.threads])
-    import torch
+    try:
+        import deepinv  # noqa: F401
+        import torch
+    except ImportError as error:
+        raise SystemExit(
+            f"prox: needs torch and deepinv beside the package ({error}); pip install torch deepinv"
+        ) from error
     from measure import about, write_json
     from rich.console import Console
 
