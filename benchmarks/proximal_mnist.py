@@ -22,8 +22,8 @@ from rich.console import Console
 
 from generative import data
 from solvers.proximal import matching, training, weights
-from solvers.proximal.evaluation import evaluate_batch
 from solvers.proximal.network import LearnedProximal, mnist
+from solvers.proximal.prior import regularizer
 
 TRAINING, STEPS, HIDDEN, BATCH, SIGMA = 25_000, 4000, 16, 64, 0.1
 
@@ -83,10 +83,11 @@ class Priors(NamedTuple):
 def priors(network: LearnedProximal, sets: dict[str, dict[float, np.ndarray]]) -> Priors:
     found: dict[str, dict[float, np.ndarray]] = {}
     worst, least = 0.0, np.inf
+    evaluate = jax.jit(jax.vmap(regularizer(network, tolerance=1e-4).evaluate))
     for kind, by in sets.items():
         found[kind] = {}
         for amount, x in by.items():
-            here = evaluate_batch(network, jnp.asarray(x))
+            here = evaluate(jnp.asarray(x))
             if not bool(here.converged.all()):
                 raise FloatingPointError(f"{kind} {amount:g}: {int((~here.converged).sum())} images were not inverted")
             found[kind][amount] = np.asarray(here.value)

@@ -2,8 +2,8 @@
 ICML 2023, arXiv 2205.10763): the outer iteration, for any positive semi-definite operator and any direction.
 
     d_k = f(r_k/‖r_k‖)                                                  the direction, a network or any other function
-    p_k = d_k - Σ_j (d_kᵀA p_j / p_jᵀA p_j) p_j,  j = k-1, ..., k-m      A-orthogonal to the last m directions: `_conjugate`
-    x_{k+1} = x_k + α_k p_k,  α_k = p_kᵀr_k / p_kᵀA p_k                  exact line search: `_step`
+    p_k = d_k - Σ_j (d_kᵀA p_j / p_jᵀA p_j) p_j,  j = k-1, ..., k-m      A-orthogonal to the last m directions
+    x_{k+1} = x_k + α_k p_k,  α_k = p_kᵀr_k / p_kᵀA p_k                  exact line search
 
 This is flexible conjugate gradients FCG(m) (Notay 2000).  The energy norm of the error never grows, whatever f does; it is
 conjugate gradients for f(r) = r and preconditioned conjugate gradients for f(r) = Mr with M symmetric positive definite,
@@ -14,91 +14,24 @@ Gram-Schmidt, `passes` times.  The paper recomputes r = b - Ax after each step a
 (`recompute_every=1`); here the residual follows the recursion in between and is recomputed before anything is called
 converged.  And what can go wrong (`Status`) is looked for.
 
-What counts as an operator, a direction or a preconditioner: `solvers.operators`.
+The steps themselves: `solvers.conjugate_iteration`.  How a run ends: `solvers.outcome`.  What counts as an operator, a
+direction or a preconditioner: `solvers.operators`.
 """
 
-import enum
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, ArrayLike, Bool, DTypeLike, Float, Int
+from jaxtyping import Array, ArrayLike, DTypeLike, Float, Int
 
+from solvers.conjugate_iteration import RUNNING, Memory, Plan, State, as_called, begin, empty, iterate, step
 from solvers.direction_network import DirectionNetwork, MaskedDirection, shipped
-from solvers.operators import (
-    ROUNDINGS,
-    Operator,
-    System,
-    as_operator,
-    at_least,
-    check_linear,
-    check_shape,
-    checked,
-    dot,
-    euclidean,
-    exact_residual,
-)
+from solvers.operators import Operator, System, as_operator, at_least, check_linear, check_shape, checked
+from solvers.outcome import Info, Status, in_float64, require_convergence
 from solvers.stencil import Stencil
 
-UNROLLED = 4
-"""Up to so many directions are projected out by straight code, which has a derivative in reverse mode."""
-
-LOST_DIGITS = 1e-6
-"""Once a residual in float32 has fallen by so much, it is computed afresh."""
-
-
-class Status(enum.IntEnum):
-    """How a run ended.  `message` says it in words."""
-
-    CONVERGED = 0
-    MAX_STEPS = 1
-    STAGNATED = 2
-    NOT_POSITIVE_DEFINITE = 3
-    INCONSISTENT = 4
-    NOT_FINITE = 5
-    PRECISION = 6
-
-    @property
-    def message(self) -> str:
-        return _MESSAGES[self]
-
-
-_RUNNING = -1
-_MESSAGES = {
-    Status.CONVERGED: "the recomputed residual is below the tolerance",
-    Status.MAX_STEPS: "max_steps were taken; take more, or a better direction or preconditioner",
-    Status.STAGNATED: "the direction is orthogonal to the residual or lies in the span of the last directions, so that no "
-    "step along it helps; use another direction, or fallback='residual'",
-    Status.NOT_POSITIVE_DEFINITE: "negative curvature, pᵀAp < 0: A is not positive semi-definite; for -A with b solve "
-    "with the sign of both turned",
-    Status.INCONSISTENT: "Ap = 0 along a direction p with pᵀr ≠ 0: A is singular and b has a part outside its range; take "
-    "that part (for a Poisson problem without open boundary: the mean) out of b",
-    Status.NOT_FINITE: "the direction or the operator returned NaN or infinity",
-    Status.PRECISION: "the true residual does not fall any more although the recursion does: rounding; ask for a larger "
-    "rtol, or compute in 64 bits",
-}
-
-
-class Info(NamedTuple):
-    """Diagnostics of a run, arrays only; norms are Euclidean and relative to ‖b‖ (absolute if b is zero).
-
-    steps           steps taken, those of the fallback included
-    status          a `Status`
-    residuals       residual norm before the first and after every step; NaN after the last
-    residual        of the answer, recomputed; its dtype says in which precision
-    converged       whether that is below max(rtol, atol/‖b‖)
-    fallback_steps  how many of the steps were the fallback's
-    """
-
-    steps: Int[Array | np.ndarray, "..."]
-    status: Int[Array | np.ndarray, "..."]
-    residuals: Float[Array | np.ndarray, "... steps+1"]
-    residual: Float[Array | np.ndarray, "..."]
-    converged: Bool[Array | np.ndarray, "..."]
-    fallback_steps: Int[Array | np.ndarray, "..."]
+__all__ = ["Info", "Iterates", "Status", "conjugate_gradient", "iterates", "load", "residual", "solve"]
 
 
 def residual(r: Array) -> Array:
@@ -171,7 +104,7 @@ def solve(
     low = None if direction_dtype is None else jnp.dtype(direction_dtype)
     if low is not None and not jnp.issubdtype(low, jnp.floating):
         raise ValueError(f"solve: direction_dtype is {low}, expected a floating dtype such as bfloat16")
-    plan = _Plan(
+    plan = Plan(
         "gram-schmidt",
         max_steps if memory is None else min(memory, max_steps),
         max_steps,
@@ -234,7 +167,7 @@ def conjugate_gradient(
             f"conjugate_gradient: direction_dtype is {low}, expected float32 or that of b, {system.b.dtype}"
         )
     low = None if low == system.b.dtype else low
-    plan = _Plan("fletcher-reeves", 0, max_steps, 1, False, recompute_every, 1, None if low is None else low.name)
+    plan = Plan("fletcher-reeves", 0, max_steps, 1, False, recompute_every, 1, None if low is None else low.name)
     return _finish(
         system,
         *_compiled(system.caller, system.operator, system.b, system.x0, m, None, system.rtol, system.atol, plan),
@@ -269,328 +202,23 @@ def iterates(
     system = checked("iterates", A, b, x0, 1.0, 0.0, steps)
     d, _ = as_operator("iterates", "direction", direction, system.b)
     kept = steps if memory is None else min(memory, steps)
-    plan = _Plan("gram-schmidt", kept, steps, passes, normalize, steps, 1, None)
+    plan = Plan("gram-schmidt", kept, steps, passes, normalize, steps, 1, None)
     return _kept(system.operator, system.b, system.x0, d, plan)
 
 
 @eqx.filter_jit
-def _kept(operator: Operator, b: Array, x0: Array | None, direction: Operator, plan: "_Plan") -> Iterates:
-    start = _start(operator, b, x0, plan)
+def _kept(operator: Operator, b: Array, x0: Array | None, direction: Operator, plan: Plan) -> Iterates:
+    start = begin(operator, b, x0, plan)
 
-    def step(carry: tuple[_State, _Memory], _: None) -> tuple[tuple[_State, _Memory], tuple[Array, Array]]:
+    def one(carry: tuple[State, Memory], _: None) -> tuple[tuple[State, Memory], tuple[Array, Array]]:
         s, memory = carry
-        new, after, p = _step(s, memory, operator, _unit(direction, plan), plan)
-        new = jax.tree.map(lambda a, b: jnp.where(s.status == _RUNNING, a, b), new, s)
+        new, after, p = step(s, memory, operator, as_called(direction, plan), plan)
+        new = jax.tree.map(lambda a, b: jnp.where(s.status == RUNNING, a, b), new, s)
         return (new, after), (new.x, jnp.where(new.steps > s.steps, p, 0))
 
-    (end, _), (x, p) = jax.lax.scan(step, (start, _empty(b, plan)), length=plan.max_steps)
-    status = jnp.where(end.status == _RUNNING, Status.MAX_STEPS, end.status).astype(jnp.int32)
+    (end, _), (x, p) = jax.lax.scan(one, (start, empty(b, plan)), length=plan.max_steps)
+    status = jnp.where(end.status == RUNNING, Status.MAX_STEPS, end.status).astype(jnp.int32)
     return Iterates(jnp.concatenate([start.x[None], x]), p, status)
-
-
-# ---------------------------------------------------------------------------------------------- the iteration
-
-
-class _Plan(NamedTuple):
-    """What is fixed at compile time."""
-
-    scheme: Literal["gram-schmidt", "fletcher-reeves"]
-    memory: int
-    max_steps: int
-    passes: int
-    normalize: bool
-    recompute_every: int
-    patience: int
-    low: str | None
-
-
-class _State(NamedTuple):
-    x: Array
-    r: Array
-    norm: Array  # ‖r‖
-    exact: Array  # ‖r‖ when it was last computed afresh
-    top: Array  # largest ‖Ap‖/‖p‖ seen, the scale of A
-    residuals: Array
-    steps: Array
-    status: Array
-
-
-class _Memory(NamedTuple):
-    """The last directions in a ring, with their images and pᵀAp."""
-
-    stored: Array
-    p: Array
-    image: Array
-    curvature: Array
-
-
-class _Previous(NamedTuple):
-    """What conjugate gradients keep: the last direction, its rᵀz, and the largest quotient pᵀAp/rᵀz so far."""
-
-    p: Array
-    slope: Array
-    largest: Array
-
-
-def _conjugate(d: Array, memory: _Memory, plan: _Plan) -> Array:
-    """`d` made A-orthogonal to the directions in memory."""
-    if plan.memory == 0:
-        return d
-
-    def project(i: Array, q: Array) -> Array:
-        j = (memory.stored - 1 - i) % plan.memory
-        return q - dot(memory.image[j], q) / memory.curvature[j] * memory.p[j]
-
-    for _ in range(plan.passes):
-        if plan.memory <= UNROLLED:  # what is still empty is zero and projects nothing out
-            for i in range(plan.memory):
-                d = project(jnp.int32(i), d)
-        else:
-            d = jax.lax.fori_loop(0, jnp.minimum(memory.stored, plan.memory), project, d)
-    return d
-
-
-def _remember(memory: _Memory, p: Array, image: Array, curvature: Array, plan: _Plan) -> _Memory:
-    if plan.memory == 0:
-        return memory
-    j = memory.stored % plan.memory
-    return _Memory(
-        memory.stored + 1, memory.p.at[j].set(p), memory.image.at[j].set(image), memory.curvature.at[j].set(curvature)
-    )
-
-
-def _empty(b: Array, plan: _Plan) -> Any:  # the memory that the step of the plan takes
-    if plan.scheme == "fletcher-reeves":
-        infinite = jnp.asarray(jnp.inf, _working(b, plan))  # makes the first β zero, and the first step suspicious
-        return _Previous(jnp.zeros_like(b, infinite.dtype), infinite, infinite)
-    kept = jnp.zeros((plan.memory, *b.shape), b.dtype)
-    return _Memory(jnp.int32(0), kept, kept, jnp.ones(plan.memory, b.dtype))
-
-
-def _step(
-    s: _State, memory: _Memory, operator: Operator, direction: Operator, plan: _Plan
-) -> tuple[_State, _Memory, Array]:
-    """One step of the paper, or the reason why there is none; also the direction p."""
-    d = direction(s.r)
-    q = _conjugate(d, memory, plan)
-    image = operator(q)
-    curvature, slope = dot(q, image), dot(q, s.r)
-    status, top = _verdict(s, d, q, image, curvature, slope)
-    return (
-        _moved(s, q, image, curvature, slope, status, top),
-        _remember(memory, q, image, curvature, plan),
-        q,
-    )
-
-
-def _two_term_step(
-    s: _State, before: _Previous, operator: Operator, preconditioner: Operator, plan: _Plan
-) -> tuple[_State, _Previous, Array]:
-    """One step of conjugate gradients, where pᵀr = rᵀz; memory and normalisation have no meaning here."""
-    operator, preconditioner = _varying(s.steps, (operator, preconditioner))
-    z = preconditioner(s.r).astype(s.r.dtype)
-    slope = dot(s.r, z)
-    p = z + slope / before.slope * before.p
-    image = _once(lambda v: operator(v.astype(s.x.dtype)).astype(v.dtype), p, s.steps)
-    curvature = dot(p, image)
-    # Between the extreme eigenvalues of MA, unless something is wrong: far below what it was before, it is worth a look.
-    quotient = curvature / slope
-    sound = (slope > 0) & (quotient > np.sqrt(jnp.finfo(p.dtype).eps) * before.largest) & jnp.isfinite(quotient)
-    status, top = jax.lax.cond(
-        sound,
-        lambda: (jnp.int32(_RUNNING), s.top),
-        lambda: _verdict(s, z, p, image, curvature, slope),
-    )
-    first = jnp.isinf(before.largest)
-    largest = jnp.where(first, quotient, jnp.maximum(before.largest, quotient))
-    return _moved(s, p, image, curvature, slope, status, top), _Previous(p, slope, largest), p
-
-
-def _varying(steps: Array, tree: Any) -> Any:
-    """The tree with integer arrays that XLA cannot take for constants of the loop.  It would make reals of them outside, and
-    the loop would move four or eight times the bytes that a stencil with an int8 diagonal needs."""
-    return jax.tree.map(
-        lambda v: jnp.where(steps >= 0, v, 0) if eqx.is_array(v) and jnp.issubdtype(v.dtype, jnp.integer) else v, tree
-    )
-
-
-def _once(f: Operator, v: Array, steps: Array) -> Array:
-    """f(v) behind a loop of one turn, a number that XLA cannot know: on CPUs it would else compute a stencil anew for each
-    use of its values.  Has no derivative in reverse mode."""
-    return jax.lax.fori_loop(0, (steps >= 0).astype(jnp.int32), lambda _, __: f(v), v)
-
-
-def _verdict(
-    s: _State, d: Array, q: Array, image: Array, curvature: Array, slope: Array
-) -> tuple[Int[Array, ""], Float[Array, ""]]:
-    """Whether there is a step along q, made of d, or why not; and the scale of A as far as seen."""
-    zero = ROUNDINGS * jnp.finfo(q.dtype).eps
-    size = euclidean(q)
-    top = jnp.maximum(s.top, euclidean(image) / jnp.where(size > 0, size, 1))
-    flat = zero * top * size**2
-    status = jnp.select(
-        [
-            ~jnp.isfinite(curvature) | ~jnp.isfinite(slope),
-            curvature < -flat,
-            (size <= zero * euclidean(d)) | (jnp.abs(slope) <= zero * size * s.norm),
-            curvature <= flat,
-        ],
-        [Status.NOT_FINITE, Status.NOT_POSITIVE_DEFINITE, Status.STAGNATED, Status.INCONSISTENT],
-        _RUNNING,
-    ).astype(jnp.int32)
-    return status, jnp.where(status == _RUNNING, top, s.top)
-
-
-def _moved(s: _State, q: Array, image: Array, curvature: Array, slope: Array, status: Array, top: Array) -> _State:
-    """The state after the exact line search along q, if there is a step."""
-    go = status == _RUNNING
-    alpha = jnp.where(go, slope / jnp.where(go, curvature, 1), 0)
-    # The same α q in x and, through A, in r: what a product in a lower precision rounds off would be in x alone.
-    moved = s.x + alpha.astype(s.x.dtype) * q.astype(s.x.dtype)
-    x, r = (jnp.where(go, new, old) for new, old in ((moved, s.x), (s.r - alpha * image, s.r)))
-    steps, norm = s.steps + go, euclidean(r).astype(s.x.dtype)
-    return _State(x, r, norm, s.exact, top, s.residuals.at[steps].set(norm), steps, status)
-
-
-def _start(operator: Operator, b: Array, x0: Array | None, plan: _Plan) -> _State:
-    x = jnp.zeros_like(b) if x0 is None else jnp.where(jnp.any(b != 0), x0, 0)  # the solution of Ax = 0 is zero
-    r = (b if x0 is None else b - operator(x)).astype(_working(b, plan))
-    norm = euclidean(r).astype(b.dtype)
-    # Conjugate gradients look at their first step in any case.
-    seen = euclidean(operator(r)) if plan.scheme == "gram-schmidt" else jnp.zeros_like(norm)
-    top = seen / jnp.where(norm > 0, norm, 1)
-    residuals = jnp.full(plan.max_steps + 1, jnp.nan, b.dtype).at[0].set(norm)
-    return _State(x, r, norm, norm, top, residuals, jnp.int32(0), jnp.int32(_RUNNING))
-
-
-def _working(b: Array, plan: _Plan) -> Any:
-    """The dtype of residuals and directions: the paper's steps only hand theirs to the direction in a lower one."""
-    return jnp.dtype(plan.low) if plan.low is not None and plan.scheme == "fletcher-reeves" else b.dtype
-
-
-def _iterate(
-    operator: Operator,
-    b: Array,
-    x0: Array | None,
-    direction: Operator,
-    fallback: Operator | None,
-    rtol: Array,
-    atol: Array,
-    plan: _Plan,
-) -> tuple[Array, Info]:
-    """The whole run.  b is scaled to entries of at most one, so that no norm can overflow or vanish."""
-    scale = jnp.maximum(jnp.max(b, initial=0), -jnp.min(b, initial=0))
-    scale = jnp.where((scale > 0) & jnp.isfinite(scale), scale, 1)
-    b, atol = b / scale, atol / scale
-    start = _start(operator, b, None if x0 is None else x0 / scale, plan)
-    size = start.norm if x0 is None else euclidean(b)
-    unit = jnp.where(size > 0, size, 1)
-    target = jnp.maximum(rtol * size, atol)
-    status = jnp.where(start.norm <= target, Status.CONVERGED, _RUNNING)
-    start = start._replace(status=jnp.where(jnp.isfinite(start.norm), status, Status.NOT_FINITE).astype(jnp.int32))
-
-    def afresh(s: _State) -> _State:
-        """The state with its residual recomputed, and with the verdict that only this permits."""
-        r = _once(lambda x: b - operator(x), s.x, s.steps) if plan.scheme == "fletcher-reeves" else b - operator(s.x)
-        norm, drift = euclidean(r), euclidean(r - s.r)
-        # Rounding has taken over when the two residuals have little in common and the true one has ceased to fall.
-        floor = (drift > 0.5 * norm) & (norm > 0.5 * s.exact) & (s.status == _RUNNING)
-        status = jnp.where(norm <= target, Status.CONVERGED, jnp.where(floor, Status.PRECISION, s.status))
-        status = jnp.where(jnp.isfinite(norm), status, Status.NOT_FINITE).astype(jnp.int32)
-        residuals = s.residuals.at[s.steps].set(norm)
-        return s._replace(r=r.astype(s.r.dtype), norm=norm, exact=norm, status=status, residuals=residuals)
-
-    def run(
-        s: _State, f: Operator, plan: _Plan, goal: Array, extended: Callable[[_State], Array] | None = None
-    ) -> _State:
-        """Steps along f until `goal`, which `extended` may move once it is reached."""
-
-        step = _two_term_step if plan.scheme == "fletcher-reeves" else _step
-
-        def sweep(carry: tuple[_State, Any, Array]) -> tuple[_State, Any, Array]:
-            s, memory, goal = carry
-            until = jnp.minimum(goal, s.steps + plan.recompute_every)
-
-            # In a lower precision the recursion knows the residual to about 1e-7 of where it began.
-            enough = target if start.r.dtype == b.dtype else jnp.maximum(target, LOST_DIGITS * s.exact)
-
-            def more(c: tuple[_State, Any]) -> Array:
-                return (c[0].status == _RUNNING) & (c[0].steps < until) & (c[0].norm > enough)
-
-            s, memory = jax.lax.while_loop(more, lambda c: step(*c, operator, f, plan)[:2], (s, memory))
-            s = afresh(s)
-            return s, memory, goal if extended is None else jnp.where(s.steps >= goal, extended(s), goal)
-
-        def unfinished(carry: tuple[_State, Any, Array]) -> Array:
-            return (carry[0].status == _RUNNING) & (carry[0].steps < carry[2])
-
-        return jax.lax.while_loop(unfinished, sweep, (s, _empty(b, plan), goal))[0]
-
-    if fallback is None:
-        end, helped = run(start, _unit(direction, plan), plan, jnp.int32(plan.max_steps)), jnp.int32(0)
-    else:
-        end, helped = _guarded(start, run, direction, fallback, plan, target)
-    # A run that was stopped by its limit is the one that is still running.
-    status = jnp.where(end.status == _RUNNING, Status.MAX_STEPS, end.status).astype(jnp.int32)
-    info = Info(end.steps, status, end.residuals / unit, end.norm / unit, status == Status.CONVERGED, helped)
-    return end.x * scale, info
-
-
-def _guarded(
-    start: _State, run: Callable[..., _State], direction: Operator, fallback: Operator, plan: _Plan, target: Array
-) -> tuple[_State, Array]:
-    """Direction and fallback in turns on the same x, until one has converged or the fallback stays; see `solve`."""
-    fixed = plan._replace(memory=1, passes=1, normalize=True, low=None)  # one direction kept: conjugate gradients
-    blamed = jnp.array([Status.STAGNATED, Status.INCONSISTENT, Status.NOT_FINITE])
-    limit = jnp.int32(plan.max_steps)
-
-    def rate(old: _State, new: _State) -> Array:
-        return jnp.log(new.norm / old.norm) / jnp.maximum(new.steps - old.steps, 1)
-
-    def turn(carry: tuple[_State, Array, Array]) -> tuple[_State, Array, Array]:
-        s, window, helped = carry
-        goal = jnp.minimum(s.steps + window, limit)
-
-        def nearly_done(now: _State) -> Array:
-            """One more `patience` for a direction that would converge within it, at the rate it had so far."""
-            near = jnp.log(target / now.norm) >= plan.patience * jnp.minimum(rate(s, now), 0)
-            return jnp.where(near & (now.steps == goal), jnp.minimum(goal + plan.patience, limit), now.steps)
-
-        tried = run(s, _unit(direction, plan), plan, goal, nearly_done)
-        failed = jnp.any(tried.status == blamed)
-        tried = tried._replace(status=jnp.where(failed, _RUNNING, tried.status))
-
-        def stays(now: _State) -> Array:
-            """To the end, unless the direction was twice as fast as this, which gathers speed later, and gained a digit."""
-            better = rate(s, tried) < jnp.minimum(2 * rate(tried, now), -np.log(10) / plan.patience)
-            return jnp.where(better, now.steps, limit)
-
-        goal = jnp.where(failed, limit, jnp.minimum(tried.steps + plan.patience, limit))
-        end = run(tried, _unit(fallback, fixed), fixed, goal, stays)
-        return end, 2 * window, helped + end.steps - tried.steps
-
-    def unfinished(carry: tuple[_State, Array, Array]) -> Array:
-        return (carry[0].status == _RUNNING) & (carry[0].steps < limit)
-
-    end, _, helped = jax.lax.while_loop(unfinished, turn, (start, jnp.int32(plan.patience), jnp.int32(0)))
-    return end, helped
-
-
-def _unit(direction: Operator, plan: _Plan) -> Operator:
-    """The direction as the iteration calls it: unit norm in, entries of at most one out, in the dtype it asks for."""
-    if plan.scheme == "fletcher-reeves":
-        return direction
-
-    def scaled(r: Array) -> Array:
-        given = r / euclidean(r) if plan.normalize else r
-        d = direction(given if plan.low is None else given.astype(plan.low)).astype(r.dtype)
-        largest = jnp.max(jnp.abs(d), initial=0)
-        return d / jnp.where(largest > 0, largest, 1)  # NaN stays NaN
-
-    return scaled
-
-
-# ------------------------------------------------------------------------------------- implicit differentiation
 
 
 @eqx.filter_jit
@@ -603,7 +231,7 @@ def _compiled(
     fallback: Any,
     rtol: Array,
     atol: Array,
-    plan: _Plan,
+    plan: Plan,
 ) -> tuple[Array, Info]:
     names = ("A", "M" if plan.scheme == "fletcher-reeves" else "direction", "fallback")
     for name, f in zip(names, (operator, direction, fallback), strict=True):
@@ -622,13 +250,13 @@ def _compiled(
 
 
 @eqx.filter_custom_jvp
-def _implicit(operator: Operator, b: Array, *, rest: Any, plan: _Plan) -> tuple[Array, Info]:
+def _implicit(operator: Operator, b: Array, *, rest: Any, plan: Plan) -> tuple[Array, Info]:
     x0, direction, fallback, rtol, atol = rest
-    return _iterate(operator, b, x0, direction, fallback, rtol, atol, plan)
+    return iterate(operator, b, x0, direction, fallback, rtol, atol, plan)
 
 
 @_implicit.def_jvp
-def _implicit_jvp(primals: Any, tangents: Any, *, rest: Any, plan: _Plan) -> Any:
+def _implicit_jvp(primals: Any, tangents: Any, *, rest: Any, plan: Plan) -> Any:
     """A dx = db - dA x, symmetric, so that transposing it is the same run."""
     operator, b = primals
     d_operator, d_b = tangents
@@ -645,7 +273,7 @@ def _implicit_jvp(primals: Any, tangents: Any, *, rest: Any, plan: _Plan) -> Any
 
     def run(_: Operator, right: Array) -> Array:
         # From zero, to the same relative tolerance; the absolute one is in the units of b.
-        dx, info = _iterate(operator, right, None, direction, fallback, rtol, jnp.zeros_like(rtol), plan)
+        dx, info = iterate(operator, right, None, direction, fallback, rtol, jnp.zeros_like(rtol), plan)
         return jnp.where((info.status == Status.CONVERGED) | (info.status == Status.PRECISION), dx, jnp.nan)
 
     dx = jax.lax.custom_linear_solve(operator, right, run, symmetric=True)
@@ -670,28 +298,3 @@ def _finish(system: System, x: Array, info: Info, throw: bool) -> tuple[Array, I
     if throw:
         require_convergence(system.caller, info, float(system.rtol) / system.share)
     return x, info
-
-
-def in_float64(A: Any, b: Array, x: Array, info: Any, rtol: float, atol: float) -> Any:
-    """`info` with residual and verdict by a residual that is computed in float64 on the host.
-
-    A is a dense or sparse matrix or a stencil; info has the fields of `Info` that are concerned.
-    """
-    inside = np.asarray(A.unknown) if isinstance(A, Stencil) else True
-    size = float(np.linalg.norm(np.where(inside, np.asarray(b, np.float64), 0)))
-    norm = float(np.linalg.norm(exact_residual(A, b, x)))
-    met = norm <= max(rtol * size, atol)
-    status = Status.CONVERGED if met else Status.PRECISION if info.converged else Status(int(info.status))
-    return info._replace(
-        residual=np.array(norm / (size or 1)), converged=np.array(met), status=np.array(status, np.int32)
-    )
-
-
-def require_convergence(caller: str, info: Any, rtol: float) -> None:
-    """Raise RuntimeError, which says how the run ended, unless it converged."""
-    if not bool(info.converged):
-        end = Status(int(info.status))
-        raise RuntimeError(
-            f"{caller}: not converged after {int(info.steps)} steps, relative residual {float(info.residual):.2e} "
-            f"(rtol {rtol:g}): {end.name}, {end.message}"
-        )

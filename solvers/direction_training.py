@@ -10,12 +10,9 @@ the size.  Checkpoints lie beside `--out` until it is written; the same command 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import os
 import sys
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +26,7 @@ from jax import lax
 from jaxtyping import Array, Float, Key, PyTree
 from rich.console import Console
 
-from solvers import array_files, poisson
+from solvers import poisson, training_loop
 from solvers.direction_data import Examples, Ritz, lanczos, ritz_vectors, training_pairs
 from solvers.direction_network import DirectionNetwork, Operator, energy_loss, residual_loss, save
 from solvers.stencil import Stencil
@@ -117,34 +114,23 @@ def train(
     run = _Run(loss, operator, optimizer, data, batch, at_once, frame)
     state = params, optimizer.init(params)
     losses, stopped = np.zeros(0), "steps"
-    path = None if checkpoint is None else Path(checkpoint)
-    settings: dict[str, Any] = {}
-    if path is not None:
-        if not path.parent.is_dir():
-            raise ValueError(f"train: checkpoint is {path}; expected a file in an existing folder")
-        settings = _settings(run, state, key)
-        state, losses = _resume(path, settings, state)
-        if len(losses) > steps:
-            raise ValueError(f"train: {path} holds {len(losses)} steps; expected at most steps = {steps}")
+    path = training_loop.checkpoint_path(checkpoint)
 
-    with _bar(progress, steps, len(losses)) as show:
-        while (done := len(losses)) < steps:
-            state, seen, failed = _chunk(run, state, _batches(data, key, batch, done, min(done + chunk, steps)))
-            losses = np.concatenate([losses, seen])
-            if failed:
-                stopped = "not finite"
-                message = (
-                    f"train: the loss, a gradient or a weight is not finite at step {len(losses)}, counted from 0; "
-                )
-                warnings.warn(message + "the network before it is returned", RuntimeWarning, stacklevel=2)
-                break
-            if path is not None:
-                array_files.write(path, {"settings": settings}, state, losses=losses)
-            show(len(losses), float(losses[-1]))
-            # After the checkpoint, so that an exception raised in the callback loses nothing.
-            if callback is not None and callback(len(losses), float(losses[-1]), eqx.combine(state[0], frame)):
-                stopped = "callback"
-                break
+    def advance(state: PyTree, start: int, stop: int) -> tuple[PyTree, np.ndarray, int]:
+        given = [(at,) for at in _batches(data, key, batch, start, stop)]
+        return training_loop.one_by_one(eqx.Partial(_step, run), state, given)
+
+    state, losses, stopped = training_loop.run(
+        advance,
+        state,
+        [steps],
+        chunk=chunk,
+        path=path,
+        settings={} if path is None else _settings(run, state, key),
+        network_of=lambda state: eqx.combine(state[0], frame),
+        progress=progress,
+        callback=callback,
+    )
     return eqx.combine(state[0], frame), TrainInfo(len(losses), losses, stopped)
 
 
@@ -181,79 +167,24 @@ def _one_step(run: _Run, carry: tuple[PyTree, Array], at: Array) -> tuple[tuple[
 _step: Any = eqx.filter_jit(_one_step)
 
 
-def _chunk(run: _Run, state: PyTree, batches: Array) -> tuple[PyTree, np.ndarray, int]:
-    """One step per batch: the state, the losses up to the last step at which all was finite, and the number of the others."""
-    # Not a scan: in the body of a loop XLA's convolutions on CPUs are ten to twenty times slower (measured with jax 0.5 and
-    # 0.12).  The host runs ahead of the device and waits for it only here, at the end.
-    carry, losses, flags = (state, jnp.bool_(True)), [], []
-    for i in range(len(batches)):
-        carry, value = _step(run, carry, batches[i])
-        losses.append(value)
-        flags.append(carry[1])
-    finite = int(np.sum(jax.device_get(flags)))
-    return carry[0], np.asarray(jax.device_get(losses), np.float64)[:finite], len(losses) - finite
-
-
 def _batches(data: Any, key: Array, batch: int, start: int, stop: int) -> Array:
     """What makes the batches of the steps start to stop: keys for a function, else rows (steps, batch) of the arrays."""
     if callable(data):
         return jax.vmap(lambda step: jax.random.fold_in(key, step))(jnp.arange(start, stop))
-    per_epoch = len(data[0]) // batch
-    first, last = start // per_epoch, (stop - 1) // per_epoch
-    epochs = jnp.concatenate([_epoch(key, epoch, len(data[0])) for epoch in range(first, last + 1)])
-    order = epochs.reshape(last + 1 - first, -1)[:, : per_epoch * batch].reshape(-1, batch)
-    return order[start - first * per_epoch : stop - first * per_epoch]
-
-
-def _epoch(key: Array, epoch: int, rows: int) -> Array:
-    return jax.random.permutation(jax.random.fold_in(key, epoch), rows)
-
-
-@contextmanager
-def _bar(progress: bool | Console, steps: int, done: int) -> Iterator[Callable[[int, float], None]]:
-    if progress is False:
-        yield lambda step, loss: None
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]}"), TimeRemainingColumn())
-    with Progress(*columns, console=progress if isinstance(progress, Console) else None) as bar:
-        task = bar.add_task("train", total=steps, completed=done, loss="–")
-        yield lambda step, loss: bar.update(task, completed=step, loss=f"{loss:.4g}")
+    return training_loop.row_batches(key, len(data[0]), batch, start, stop)
 
 
 def _settings(run: _Run, state: PyTree, key: Array) -> dict[str, Any]:
     program = _step.lower(run, (state, jnp.bool_(True)), _batches(run.data, key, run.batch, 0, 1)[0]).as_text()
-    return {
-        "start": _digest(state),
-        "data": _digest(eqx.filter(run.data, eqx.is_array)),
-        "operator": _digest(eqx.filter(run.operator, eqx.is_array)),
-        "key": np.asarray(jax.random.key_data(key)).tolist(),
-        "batch": run.batch,
-        "at_once": run.at_once,
-        "version of JAX": [jax.__version__, jax.default_backend()],
-        "program": hashlib.sha256(program.encode()).hexdigest(),
-    }
-
-
-def _digest(tree: PyTree) -> str:
-    state = hashlib.sha256()
-    for leaf in map(np.asarray, jax.tree.leaves(tree)):
-        state.update(f"{leaf.dtype}{leaf.shape}".encode() + leaf.tobytes())
-    return state.hexdigest()
-
-
-def _resume(path: Path, settings: Mapping[str, Any], state: PyTree) -> tuple[PyTree, np.ndarray]:
-    if not path.exists():
-        return state, np.zeros(0)
-    header, arrays = array_files.read(path, "train", "settings")
-    other = [name for name, value in settings.items() if header["settings"].get(name) != value]
-    if other:
-        raise ValueError(
-            f"train: {path} was written by a run with another {', '.join(other)}; use the same settings or another file"
-        )
-    losses = arrays.pop("losses")
-    return array_files.restored(path, "train", arrays, state), losses
+    return training_loop.identity(
+        key,
+        [program],
+        start=training_loop.digest(state),
+        data=training_loop.digest(eqx.filter(run.data, eqx.is_array)),
+        operator=training_loop.digest(eqx.filter(run.operator, eqx.is_array)),
+        batch=run.batch,
+        at_once=run.at_once,
+    )
 
 
 # --- the shipped weights ---

@@ -23,7 +23,7 @@ from jax.tree_util import Partial
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
-from solvers import conjugate_direction, multigrid
+from solvers import conjugate_direction, multigrid, outcome
 from solvers.operators import check_linear
 from solvers.stencil import Stencil, apply
 
@@ -230,7 +230,7 @@ def sharded(x: Any, mesh: jax.sharding.Mesh, axis_names: Sequence[str | None]) -
 
 
 class Info(NamedTuple):
-    """steps, status, residuals, residual, converged   as in `conjugate_direction.Info`
+    """steps, status, residuals, residual, converged   as in `outcome.Info`
     removed   the mean that was taken off the right-hand side in each closed region, relative to ‖rhs‖/√n
     """
 
@@ -290,9 +290,9 @@ def solve(
         if int(bad):
             raise ValueError(f"rhs: has {int(bad)} entries in the fluid that are not finite, expected none")
         if rhs.dtype != jnp.float64:
-            info = conjugate_direction.in_float64(laplacian(domain), b, p, info, rtol, atol)
+            info = outcome.in_float64(laplacian(domain), b, p, info, rtol, atol)
         if throw:
-            conjugate_direction.require_convergence("poisson.solve", info, rtol)
+            outcome.require_convergence("poisson.solve", info, rtol)
     return p, info
 
 

@@ -29,7 +29,7 @@ import numpy as np
 import scipy.ndimage
 from jaxtyping import Array, Float
 
-from solvers import conjugate_direction, geometry, multigrid, poisson
+from solvers import geometry, multigrid, outcome, poisson
 from solvers.poisson import FLUID, SOLID, Domain
 
 DT = 1 / 20
@@ -304,7 +304,7 @@ def run(
         moving = tuple(jnp.asarray(w, state.density.dtype) for w in walls)
         state, info = _step(state, domain, scene, time, walls=moving, preconditioner=m, rtol=rtol)
         asked = _rtol(domain, state.density.dtype) if rtol is None else rtol
-        conjugate_direction.require_convergence(f"run: frame {frame}", info.solve, asked)
+        outcome.require_convergence(f"run: frame {frame}", info.solve, asked)
         if (info.solve.removed > UNMET).any():
             raise RuntimeError(
                 f"run: frame {frame}: walls push air into a closed region or out of it, {float(info.solve.removed.max()):.1g} "

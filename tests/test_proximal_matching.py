@@ -416,31 +416,3 @@ def test_files_that_are_none_are_refused(key, tmp_path):
         weights.load(path)
     with pytest.raises(ValueError, match="no network is called 'cats'; there are"):
         weights.load("cats")
-
-
-# --- priors of batches ---
-
-
-@pytest.mark.parametrize("shape", [3, (1, 6, 6)])
-def test_a_batch_of_priors_is_that_of_each(x64, key, shape):
-    from solvers.proximal.evaluation import evaluate_batch
-
-    make = (
-        partial(mlp, shape=shape, hidden=8, layers=1)
-        if shape == 3
-        else partial(convolutional, shape=shape, hidden=3, last=4)
-    )
-    network = make(key, beta=4.0, alpha=0.2, dtype=jnp.float64)
-    z = 2 * jax.random.normal(key, (5, *network.shape))
-    x = jax.vmap(network)(z)
-    found = evaluate_batch(network, x, tolerance=1e-6)
-    exact = [jnp.vdot(a, b) - jnp.vdot(a, a) / 2 - network.potential(b) for a, b in zip(x, z, strict=True)]
-    assert found.converged.all()
-    assert (jnp.asarray(exact) - found.value <= found.error_bound + 1e-12).all()
-    np.testing.assert_allclose(found.value, exact, atol=1e-9)
-    np.testing.assert_allclose(found.inverse, z, atol=1e-4)
-    few = evaluate_batch(network, x, tolerance=1e-12, max_steps=3)
-    assert not few.converged.all()
-    assert (few.value <= jnp.asarray(exact) + 1e-12).all()  # a lower bound, whatever z
-    with pytest.raises(ValueError, match="rows of shape"):
-        evaluate_batch(network, x[..., :1])

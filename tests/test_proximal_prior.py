@@ -83,6 +83,24 @@ def test_large_signals_are_inverted_too(x64, key):
     np.testing.assert_allclose(found.inverse, z, atol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [3, (1, 6, 6)])
+def test_a_batch_is_evaluated_as_each(x64, key, shape):
+    make = proximal.mlp if shape == 3 else proximal.convolutional
+    size = {"hidden": 8, "layers": 1} if shape == 3 else {"hidden": 3, "last": 4}
+    net = make(key, shape, **size, beta=4.0, alpha=0.2, dtype=jnp.float64)
+    z = 2 * jax.random.normal(key, (5, *net.shape))
+    x = jax.vmap(net)(z)
+    exact = np.asarray([jnp.vdot(a, b) - jnp.vdot(a, a) / 2 - net.potential(b) for a, b in zip(x, z, strict=True)])
+    found = jax.vmap(proximal.regularizer(net, tolerance=1e-6).evaluate)(x)
+    assert found.converged.all()
+    assert (exact - found.value <= found.error_bound + 1e-12).all()
+    np.testing.assert_allclose(found.value, exact, atol=1e-9)
+    np.testing.assert_allclose(found.inverse, z, atol=1e-4)
+    few = jax.vmap(proximal.regularizer(net, tolerance=1e-12, max_steps=1).evaluate)(x)
+    assert not few.converged.all()
+    assert (few.value <= exact + 1e-12).all()  # a lower bound, whatever z
+
+
 def test_derivatives(x64, key):
     net = space(key)
     prior = proximal.regularizer(net)

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.ndimage
 
-from generative import data
 from paper_checks.harness.claim import Outcome, claim, not_checkable
 from paper_checks.harness.context import Context
 from paper_checks.proximal.common import PAPER
+from paper_checks.proximal.digit_images import COUNT, test_images
 from solvers.proximal import weights
-from solvers.proximal.evaluation import evaluate_batch
+from solvers.proximal.prior import regularizer
 
 # -- E1: the Laplace distribution -------------------------------------------------------------------------------------------
 
@@ -93,15 +93,7 @@ def laplace(ctx: Context) -> Outcome:
 
 # -- E2: images -------------------------------------------------------------------------------------------------------------
 
-FIRST, COUNT = 1500, 40  # the images before the first were trained on
 AMOUNTS = {"noise": (0.0, 0.05, 0.1, 0.2, 0.3), "blur": (0.0, 0.75, 1.5), "mixing": (0.0, 0.5, 1.0)}
-
-
-@functools.cache
-def test_images() -> np.ndarray:
-    """(COUNT, 1, 8, 8) in [0, 1]."""
-    images = data.load("digits8x8")["x"].astype(np.float64)[:, None] / 16
-    return images[FIRST : FIRST + COUNT]
 
 
 @functools.lru_cache(maxsize=4)
@@ -116,7 +108,7 @@ def digit_priors(seed: int) -> dict[str, np.ndarray]:
     }
     network = weights.load("digits8x8")
     images = jnp.asarray(np.concatenate([x for xs in made.values() for x in xs]), jnp.float32)
-    found = evaluate_batch(network, images, tolerance=1e-3)
+    found = jax.vmap(regularizer(network, tolerance=1e-3).evaluate)(images)
     if not bool(found.converged.all()):
         raise FloatingPointError(f"{int((~found.converged).sum())} images were not inverted")
     rows = np.asarray(found.value, np.float64).reshape(-1, COUNT)

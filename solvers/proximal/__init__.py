@@ -1,5 +1,6 @@
 """Learned proximal networks (Fang, Buchanan, Sulam; ICLR 2024): networks, their priors, their training; and what to compare."""
 
+from solvers.proximal import baselines, denoisers, distributions, matching
 from solvers.proximal.functional import Regularizer
 from solvers.proximal.network import LearnedProximal, certified, convolutional, image128, mlp, mnist, projected
 from solvers.proximal.prior import Evaluation, LearnedRegularizer, regularizer
@@ -11,10 +12,14 @@ __all__ = [
     "LearnedProximal",
     "LearnedRegularizer",
     "Regularizer",
+    "baselines",
     "certified",
     "convolutional",
+    "denoisers",
+    "distributions",
     "image128",
     "load",
+    "matching",
     "mlp",
     "mnist",
     "projected",

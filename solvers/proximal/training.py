@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
-import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -18,8 +15,7 @@ import optax
 from jaxtyping import Array, Float, Key, PyTree
 from rich.console import Console
 
-from solvers import array_files
-from solvers.direction_training import _bar, _batches, _digest
+from solvers import training_loop
 from solvers.proximal.matching import (
     Cosine,
     Distance,
@@ -119,45 +115,34 @@ def train(
 
     def batches(start: int, stop: int) -> tuple[Array, Array]:
         keys = jax.vmap(lambda step: jax.random.fold_in(number, step))(jnp.arange(start, stop))
-        return keys, keys if rows is None else _batches((rows,), order, batch, start, stop)
+        return keys, keys if rows is None else training_loop.row_batches(order, len(rows), batch, start, stop)
 
-    path = None if checkpoint is None else Path(checkpoint)
-    losses, stopped = np.zeros(0), "steps"
-    settings: dict[str, Any] = {}
-    if path is not None:
-        if not path.parent.is_dir():
-            raise ValueError(f"train: checkpoint is {path}; expected a file in an existing folder")
-        first = [v[0] for v in batches(0, 1)]
-        settings = _settings(key, schedule, runs, state, first)
-        state, losses = _resume(path, settings, state)
-    total, ends = sum(stage.steps for stage in schedule), np.cumsum([stage.steps for stage in schedule])
+    path = training_loop.checkpoint_path(checkpoint)
+    ends = np.cumsum([stage.steps for stage in schedule]).tolist()
 
-    with _bar(progress, total, len(losses)) as show:
-        while (done := len(losses)) < total:
-            at = int(np.searchsorted(ends, done, side="right"))
-            begin, until = int(ends[at]) - schedule[at].steps, min(done + chunk, int(ends[at]))
-            rates = schedule[at].rates(done - begin, until - begin)
-            state, seen, failed = _chunk(runs[at], state, done, rates, *batches(done, until))
-            losses = np.concatenate([losses, seen])
-            if failed:
-                stopped = "not finite"
-                message = (
-                    f"train: the loss, a gradient or a weight is not finite at step {len(losses)}, counted from 0, "
-                )
-                message += f"in stage {at}; the network before it is returned"
-                warnings.warn(message, RuntimeWarning, stacklevel=2)
-                break
-            if path is not None:
-                array_files.write(path, {"settings": settings}, state, losses=losses)
-            show(len(losses), float(losses[-1]))
-            # After the checkpoint, so that an exception raised in the callback loses nothing.
-            if callback is not None and callback(len(losses), float(losses[-1]), network_of(state)):
-                stopped = "callback"
-                break
+    def advance(state: PyTree, start: int, stop: int) -> tuple[PyTree, np.ndarray, int]:
+        at = int(np.searchsorted(ends, start, side="right"))
+        begin = ends[at] - schedule[at].steps
+        rates = schedule[at].rates(start - begin, stop - begin)
+        numbers = [_numbers(start + i, rate) for i, rate in enumerate(rates)]
+        given = [(*number, *drawn) for number, *drawn in zip(numbers, *batches(start, stop), strict=True)]
+        return training_loop.one_by_one(eqx.Partial(_step, runs[at]), state, given)
+
+    state, losses, stopped = training_loop.run(
+        advance,
+        state,
+        ends,
+        chunk=chunk,
+        path=path,
+        settings={} if path is None else _settings(key, schedule, runs, state, [v[0] for v in batches(0, 1)]),
+        network_of=network_of,
+        progress=progress,
+        callback=callback,
+    )
     found = network_of(state)
     away = None
     if prior is not None and sigma is not None:
-        fresh = _fresh(runs[-1], jax.random.fold_in(number, total), 4096)
+        fresh = _fresh(runs[-1], jax.random.fold_in(number, ends[-1]), 4096)
         away = distance(found, minimiser(prior, schedule[-1].loss, sigma), fresh)
     regimes = tuple(
         regime(float(stage.loss.gamma), sigma) if isinstance(stage.loss, Matching) and sigma is not None else None
@@ -231,20 +216,6 @@ def _one_step(run: _Run, carry: Any, step: Array, rate: Array, key: Array, at: A
 _step: Any = eqx.filter_jit(_one_step)
 
 
-def _chunk(
-    run: _Run, state: PyTree, first: int, rates: np.ndarray, keys: Array, rows: Array
-) -> tuple[PyTree, np.ndarray, int]:
-    """One step per rate: the state, the losses up to the last step at which all was finite, and the number of the others."""
-    # Not a scan: in the body of a loop XLA's convolutions on CPUs are ten to twenty times slower.
-    carry, losses, flags = (state, jnp.bool_(True)), [], []
-    for i in range(len(rates)):
-        carry, value = _step(run, carry, *_numbers(first + i, rates[i]), keys[i], rows[i])
-        losses.append(value)
-        flags.append(carry[1])
-    finite = int(np.sum(jax.device_get(flags)))
-    return carry[0], np.asarray(jax.device_get(losses), np.float64)[:finite], len(losses) - finite
-
-
 def _numbers(step: int, rate: float) -> tuple[Array, Array]:
     return jnp.asarray(step, jnp.int32), jnp.asarray(rate, jnp.float32)
 
@@ -252,31 +223,14 @@ def _numbers(step: int, rate: float) -> tuple[Array, Array]:
 def _settings(
     key: Array, schedule: tuple[Stage, ...], runs: list[_Run], state: PyTree, first: list[Array]
 ) -> dict[str, Any]:
-    programs = [
-        hashlib.sha256(_step.lower(run, (state, jnp.bool_(True)), *_numbers(0, 0.0), *first).as_text().encode())
-        for run in runs
-    ]
+    programs = [_step.lower(run, (state, jnp.bool_(True)), *_numbers(0, 0.0), *first).as_text() for run in runs]
     whole = runs[0]
-    return {
-        "start": _digest(state),
-        "data": _digest(eqx.filter((whole.draw, whole.rows), eqx.is_array)),
-        "key": np.asarray(jax.random.key_data(key)).tolist(),
-        "batch": whole.batch,
-        "sigma and average": [None if v is None else float(v) for v in (whole.sigma, whole.ema)],
-        "schedule": [described(stage) for stage in schedule],
-        "version of JAX": [jax.__version__, jax.default_backend()],
-        "program": [program.hexdigest() for program in programs],
-    }
-
-
-def _resume(path: Path, settings: dict[str, Any], state: PyTree) -> tuple[PyTree, np.ndarray]:
-    if not path.exists():
-        return state, np.zeros(0)
-    header, arrays = array_files.read(path, "train", "settings")
-    other = [name for name, value in settings.items() if header["settings"].get(name) != value]
-    if other:
-        raise ValueError(
-            f"train: {path} was written by a run with another {', '.join(other)}; use the same settings or another file"
-        )
-    losses = arrays.pop("losses")
-    return array_files.restored(path, "train", arrays, state), losses
+    return training_loop.identity(
+        key,
+        programs,
+        start=training_loop.digest(state),
+        data=training_loop.digest(eqx.filter((whole.draw, whole.rows), eqx.is_array)),
+        batch=whole.batch,
+        schedule=[described(stage) for stage in schedule],
+        **{"sigma and average": [None if v is None else float(v) for v in (whole.sigma, whole.ema)]},
+    )
