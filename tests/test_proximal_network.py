@@ -178,3 +178,9 @@ def test_many_signals_are_one_at_a_time(key):
 def test_bad_input_is_named(call, message, key, no_shape_checks):
     with pytest.raises(ValueError, match=message):
         call(key)
+
+
+def test_constants_of_a_known_network_are_known_under_jit(key):
+    net = proximal.convolutional(key, (1, 6, 6), hidden=3, last=4, beta=4.0, alpha=0.2)
+    eager = proximal.certified(net).lipschitz
+    assert jax.jit(lambda y: y * proximal.certified(net).lipschitz)(1.0) == pytest.approx(eager)

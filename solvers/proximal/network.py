@@ -356,8 +356,9 @@ def _resizing_norm(shape: tuple[int, ...], sides: tuple[int, int] | None) -> flo
     """Spectral norm of the resizing of one channel, the product of those along the two axes."""
     if sides is None:
         return 1.0
-    norms = [
-        np.linalg.norm(np.asarray(jax.image.resize(jnp.eye(n), (m, n), "bilinear", antialias=False)), 2)
-        for n, m in zip(shape[1:], sides, strict=True)
-    ]
+    with jax.ensure_compile_time_eval():  # the sizes are known under jit too
+        norms = [
+            np.linalg.norm(np.asarray(jax.image.resize(jnp.eye(n), (m, n), "bilinear", antialias=False)), 2)
+            for n, m in zip(shape[1:], sides, strict=True)
+        ]
     return float(np.prod(norms))

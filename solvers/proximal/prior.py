@@ -9,7 +9,7 @@ gives is a lower bound with a known error.
     prox_{lam R}(v) = f(z),  z = argmin (1 - lam) ψ(z) + lam/2 ‖z‖² - ⟨v, z⟩,   0 < lam ≤ 1, and a little beyond
 
 lam = 1 is the network itself.  Both problems are solved in float64 where JAX has it, by Levenberg-Marquardt steps (optimistix)
-on small signals and accelerated gradient steps on large ones; derivatives of all orders are those of the exact solution.
+on small signals and Anderson acceleration on large ones; derivatives of all orders are those of the exact solution.
 """
 
 from __future__ import annotations
@@ -31,6 +31,9 @@ from solvers.proximal.network import LearnedProximal, certified
 
 DENSE = 16
 """Signals of up to so many entries are inverted with the whole Jacobian."""
+
+MEMORY = 10
+"""Differences that larger ones are inverted with."""
 
 
 class Evaluation(NamedTuple):
@@ -217,43 +220,71 @@ def _argmin(network: LearnedProximal, x: Array, lam: Array, tolerance: float, ma
         levenberg: Any = optx.LevenbergMarquardt(precision, precision)
         return optx.root_find(_slope, levenberg, x, given, max_steps=max_steps, throw=False).value
     allowed = 0.5 * _allowed(x, tolerance)
-    solve = functools.partial(_descended, allowed=allowed, max_steps=10 * max_steps)
+    solve = functools.partial(_mixed, allowed=allowed, max_steps=10 * max_steps)
     return lax.custom_root(lambda z: _slope(z, given), x, solve, _solve_symmetric)
 
 
-class _Descent(NamedTuple):
+class _Mixing(NamedTuple):
     z: Array
-    ahead: Array  # where the momentum leads
     gradient: Array  # there
-    momentum: Array  # the number that it is made of
+    moves: Array  # (MEMORY, ...) the last differences of z
+    changes: Array  # and of the gradient
     slope: Array  # the largest that was seen of the gradient, so that its inverse is a step
+    best: Array  # the smallest norm of a gradient
+    since: Array  # steps since then
     steps: Array
 
 
-def _descended(gradient: Callable[[Array], Array], start: Array, allowed: Array, max_steps: int) -> Array:
-    """Accelerated gradient steps (Nesterov) for a convex problem, until the gradient is small.
+def _mixed(gradient: Callable[[Array], Array], start: Array, allowed: Array, max_steps: int) -> Array:
+    """Anderson acceleration of gradient steps for a convex problem, until the gradient is small.
 
-    By gradients alone, as values of ψ in float32 do not tell points apart long before gradients are small; that is where a
-    quasi-Newton method with a line search stalls.  Momentum is lost where it leads uphill (O'Donoghue and Candès 2015).
+    Each step is from the combination of the last points whose gradient is smallest, as if the gradient were linear (Walker and Ni
+    2011); on a quadratic it is GMRES.  By gradients alone, as values of ψ in float32 do not tell points apart long before
+    gradients are small; that is where a quasi-Newton method with a line search stalls.  Where the gradient grows, or has not
+    fallen for long, the memory is lost and a plain step with a safe slope follows, which does not make it grow.
     """
     one = jnp.ones((), start.dtype)
+    tiny = jnp.finfo(start.dtype).tiny
 
-    def more(s: _Descent) -> Array:
-        return (jnp.linalg.norm(s.gradient.reshape(-1)) > allowed) & (s.steps < max_steps)
+    def size(v: Array) -> Array:
+        return jnp.linalg.norm(v.reshape(-1))
 
-    def step(s: _Descent) -> _Descent:
-        new = s.ahead - s.gradient / s.slope
-        momentum = jnp.where(jnp.sum(s.gradient * (new - s.z)) > 0, one, s.momentum)
-        later = (1 + jnp.sqrt(1 + 4 * momentum**2)) / 2
-        ahead = new + (momentum - 1) / later * (new - s.z)
-        at = gradient(ahead)
-        moved = jnp.linalg.norm((ahead - s.ahead).reshape(-1))
-        seen = jnp.linalg.norm((at - s.gradient).reshape(-1)) / jnp.where(moved > 0, moved, 1)
+    def more(s: _Mixing) -> Array:
+        return (size(s.gradient) > allowed) & (s.steps < max_steps)
+
+    def step(s: _Mixing) -> _Mixing:
+        rows = s.changes.reshape(MEMORY, -1)
+        # Scaled to unit rows, so that old and large differences do not hide the recent ones; zero rows get no weight.
+        scale = 1 / jnp.maximum(jnp.linalg.norm(rows, axis=1), tiny)
+        rows = rows * scale[:, None]
+        normal = rows @ rows.T + 100 * jnp.finfo(start.dtype).eps * jnp.eye(MEMORY, dtype=start.dtype)
+        weights = scale * jnp.linalg.solve(normal, rows @ s.gradient.reshape(-1))
+        left = s.gradient - jnp.tensordot(weights, s.changes, 1)
+        z = s.z - jnp.tensordot(weights, s.moves, 1) - left / s.slope
+        at = gradient(z)
+        moved, norm = size(z - s.z), size(at)
+        seen = size(at - s.gradient) / jnp.where(moved > 0, moved, 1)
         slope = jnp.maximum(s.slope, jnp.where(jnp.isfinite(seen), 1.05 * seen, s.slope))
-        return _Descent(new, ahead, at, later, slope, s.steps + 1)
+        good = (norm <= 2 * s.best) & (s.since < 2 * MEMORY)
+        k = s.steps % MEMORY
+        moves = jnp.where(good, s.moves.at[k].set(z - s.z), 0)
+        changes = jnp.where(good, s.changes.at[k].set(at - s.gradient), 0)
+        better = norm < s.best
+        take = good | better
+        return _Mixing(
+            jnp.where(take, z, s.z),
+            jnp.where(take, at, s.gradient),
+            moves,
+            changes,
+            slope,
+            jnp.where(better, norm, s.best),
+            jnp.where(better | ~good, 0, s.since + 1),
+            s.steps + 1,
+        )
 
-    begin = _Descent(start, start, gradient(start), one, one, jnp.int32(0))
-    return lax.stop_gradient(lax.while_loop(more, step, begin).ahead)  # newer versions of jax would differentiate it
+    first, empty = gradient(start), jnp.zeros((MEMORY, *start.shape), start.dtype)
+    begin = _Mixing(start, first, empty, empty, one, size(first), jnp.int32(0), jnp.int32(0))
+    return lax.stop_gradient(lax.while_loop(more, step, begin).z)  # newer versions of jax would differentiate it
 
 
 def _solve_symmetric(matvec: Callable[[Array], Array], y: Array) -> Array:
