@@ -1,7 +1,7 @@
 """Image data sets as arrays: the one place that reads them.
 
-A small set of real digits ships with the package.  MNIST and Fashion-MNIST are read from a folder that the
-user names.  Nothing is ever fetched from a network, and no pickle is read.  Labels are checked against their
+A small set of real digits and 400 images each of MNIST and Fashion-MNIST ship with the package.  The whole sets are read from a
+folder that the user names.  Nothing is ever fetched from a network, and no pickle is read.  Labels are checked against their
 known counts, repacked files against their SHA-256 too, so a damaged or reordered file does not pass.
 `generative/datasets/README.md` states origin and licence.
 """
@@ -44,6 +44,18 @@ DATASETS: Mapping[str, Dataset] = {
         counts={"all": ((178, 182, 177, 183, 181, 182, 181, 179, 174, 180),)},
         obtain=None,
     ),
+    "mnist_small": Dataset(
+        shape=(28, 28),
+        sha256="359b8c58609214d5791562733dbc99e236b59d85e3de5d90b67b47b9bc9fd5d1",
+        counts={"all": ((33, 57, 44, 35, 46, 42, 34, 41, 27, 41),)},
+        obtain=None,
+    ),
+    "fashion_mnist_small": Dataset(
+        shape=(28, 28),
+        sha256="e0e3ab886984ac7fcb118d05ba782414b97032bbcd722063749e922ec5769eb9",
+        counts={"all": ((42, 44, 54, 36, 43, 32, 39, 40, 34, 36),)},
+        obtain=None,
+    ),
     "mnist": Dataset(
         shape=(28, 28),
         sha256="a6c039e52236aa4afc5bfccb3e4cd6b6f7ccad898a53db59f12c61b536e3760e",
@@ -73,11 +85,11 @@ def load(
 ) -> dict[str, np.ndarray]:
     """The images `x` (n, height, width) and labels `y` (n,) of one split, both uint8, as stored.
 
-    `name` is "digits8x8" (pixels 0 to 16; one split, "all"), "mnist" or "fashion_mnist" (pixels 0 to 255;
-    "train", the default, and "test").  `n` keeps the first n samples.  The last two are looked for in `root`,
-    by default the folder named by the environment variable PROOFSTONE_DATA: as `NAME.npz` with arrays
-    x_train, y_train, x_test, y_test, then as the four original IDX files, gzipped or not, in `NAME/`.  The
-    npz files hold the first samples of the originals, so the first n samples are the same from either.
+    `name` is "digits8x8" (pixels 0 to 16), "mnist_small" or "fashion_mnist_small" (the first 400 test images, pixels 0 to 255),
+    each with one split, "all"; or "mnist" or "fashion_mnist" ("train", the default, and "test").  `n` keeps the first n
+    samples.  The last two are looked for in `root`, by default the folder named by the environment variable PROOFSTONE_DATA:
+    as `NAME.npz` with arrays x_train, y_train, x_test, y_test, then as the four original IDX files, gzipped or not, in
+    `NAME/`.  The npz files hold the first samples of the originals, so the first n samples are the same from either.
 
     Raises ValueError for an unknown name or split, an `n` beyond what there is, or a file that is damaged or
     not the expected one; FileNotFoundError, with what was looked for and how to obtain it, if there is none.

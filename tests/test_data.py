@@ -65,10 +65,17 @@ def test_n_outside_the_set_is_refused(n):
         data.load("digits8x8", n=n)
 
 
+@pytest.mark.parametrize("name", ["mnist_small", "fashion_mnist_small"])
+def test_the_small_sets_ship(name):
+    images = data.load(name)
+    assert images["x"].shape == (400, 28, 28) and images["x"].max() == 255
+    assert sorted(set(images["y"].tolist())) == list(range(10))
+
+
 def test_unknown_names_and_splits_say_what_exists():
     with pytest.raises(ValueError, match=r"'mnits'.*nearest: mnist"):
         data.load("mnits")
-    with pytest.raises(ValueError, match="nearest: digits8x8, fashion_mnist, mnist"):
+    with pytest.raises(ValueError, match="nearest: digits8x8, fashion_mnist, fashion_mnist_small, mnist, mnist_small"):
         data.load("zzz")
     with pytest.raises(ValueError, match="split is 'validation'; mnist has 'train', 'test'"):
         data.load("mnist", split="validation")
