@@ -6,6 +6,7 @@ P about the released code (`released`), E about its experiments (`experiments`).
 """
 
 from paper_checks.gbm_diffusion.common import PAPER
+from paper_checks.gbm_diffusion.experiments import digits
 from paper_checks.gbm_diffusion.flow import denoisers, flow, terminal
 from paper_checks.gbm_diffusion.kernel import kernel, log_space_loss, reverse
 from paper_checks.gbm_diffusion.losses import closed_form, denoising, implicit
@@ -18,6 +19,7 @@ __all__ = [
     "closed_form",
     "denoisers",
     "denoising",
+    "digits",
     "dls_strong",
     "flow",
     "implicit",
