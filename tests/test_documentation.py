@@ -43,6 +43,23 @@ def test_readme_and_guide_examples_of_poisson_problems() -> None:
             assert names.get("failed", 0) == 0
 
 
+def test_readme_and_guide_examples_of_learned_priors() -> None:
+    for page in ("README.md", "docs/proximal.md"):
+        names: dict = {}
+        for example in [e for e in examples(page) if "proximal." in e]:
+            exec(compile(example, page, "exec"), names)
+        assert names["info"].certificate.holds and bool(names["info"].converged), page
+
+
+def test_readme_and_guide_examples_of_multiplicative_diffusion() -> None:
+    for page in ("README.md", "docs/gbm_diffusion.md"):
+        names: dict = {}
+        for example in [e for e in examples(page) if "samplers" in e]:
+            exec(compile(example, page, "exec"), names)
+        assert int(names["info"].evaluations) == 10 and bool((names["x"] > 0).all()), page
+    assert names["digits"].shape == (10, 28, 28)
+
+
 def test_guide_example_is_a_claim_that_holds() -> None:
     (example,) = [e for e in examples("docs/adding_a_paper.md") if "@claim" in e]
     names: dict = {}
