@@ -166,10 +166,10 @@ class FunctionProcess(Process):
 
     def __check_init__(self) -> None:
         t = jnp.linspace(0, 1, 65)
-        shift, variance = jax.vmap(self.shift_function)(t), jax.vmap(self.variance_function)(t)
-        if isinstance(variance, jax.core.Tracer) or isinstance(shift, jax.core.Tracer):
+        found = [jax.vmap(f)(t) for f in (self.shift_function, self.variance_function)]
+        if any(isinstance(v, jax.core.Tracer) for v in found):
             return
-        shift, variance = np.asarray(shift, float), np.asarray(variance, float)
+        shift, variance = (np.asarray(v, float) for v in found)
         if not (np.isfinite(shift).all() and np.isfinite(variance).all()):
             raise ValueError("from_functions: shift or variance is not finite on [0, 1]; expected finite M(t) and V(t)")
         if abs(shift[0]) > 1e-6 or abs(variance[0]) > 1e-6 * variance.max():
@@ -177,10 +177,10 @@ class FunctionProcess(Process):
                 f"from_functions: shift(0) is {shift[0]:g} and variance(0) is {variance[0]:g}, expected 0: no noise at t = 0"
             )
         if (np.diff(variance) <= 0).any():
-            place = int(np.argmax(np.diff(variance) <= 0))
+            k = int(np.argmax(np.diff(variance) <= 0))
             raise ValueError(
-                f"from_functions: variance is {variance[place]:g} at t = {t[place]:g} and {variance[place + 1]:g} at "
-                f"t = {t[place + 1]:g}, expected it to grow"
+                f"from_functions: variance is {variance[k]:g} at t = {t[k]:g} and {variance[k + 1]:g} at t = {t[k + 1]:g}, "
+                "expected it to grow"
             )
 
     def variance(self, t: Time) -> Float[Array, "*times"]:

@@ -36,7 +36,8 @@ Loop = Literal["scan", "host"]
 class SamplingInfo(NamedTuple):
     """evaluations  calls of log_score, each with the whole batch
     negative     the part of the entries that crossed zero at some step; only "ums" and "milstein" do
-    overflowed   entries that at some step were too large or too small for their dtype: their exponent was clipped
+    overflowed   entries that at some step, or whose E[log x_0 | x_t], were too large or too small for their dtype: their
+                 exponent was clipped
     nonfinite    values of the score that were NaN or infinite, over all evaluations
     """
 
