@@ -244,7 +244,7 @@ def figure(found: Mapping[Run, Error]) -> Any:
         panel.minorticks_off()
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("sliced W2 of log x from the data's law")
-    panels[0].legend(fontsize=7, loc="lower left")
+    panels[-1].legend(fontsize=7, loc="upper right", ncols=2)
     return fig
 
 

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array
 
-# With equal steps in s the weights of three add up to 3.7 times those of one; to level 0, from equal steps in L, to 2.2.  A last
-# step that is long against those before would reach far beyond what it extrapolates from.
-AMPLIFIED = 8.0
+# With equal steps in s the weights of three add up to 3.7 times those of one; on uneven grids, and in a last step from levels
+# that decrease like sqrt(t), to some ten times.  Beyond, a step would reach far from what it extrapolates.
+AMPLIFIED = 20.0
 
 
 class Place(NamedTuple):

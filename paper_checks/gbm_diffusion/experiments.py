@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -22,20 +23,21 @@ COUNT, STEPS = 100, 30
 class Shuffled(eqx.Module):
     """A score that is asked at one noise level and answers for another."""
 
-    log_score: eqx.Module
+    log_score: Any
     times: jax.Array
     others: jax.Array
 
     def __call__(self, y: jax.Array, t: jax.Array, label: jax.Array | None = None) -> jax.Array:
         at = jnp.argmin(jnp.abs(self.times - jnp.max(t)))
-        return self.log_score(y, jnp.broadcast_to(self.others[at], jnp.shape(t)), label)  # type: ignore[operator]
+        return self.log_score(y, jnp.broadcast_to(self.others[at], jnp.shape(t)), label)
 
 
 @functools.lru_cache(maxsize=8)
 def drawn(shuffled: bool, seed: int) -> np.ndarray:
     """(COUNT, 28, 28) in [0, 1] by the Dale-Langevin sampler, of the classes 0, 1, ..., 9, 0, ... in turn."""
     model = weights.load_model("gbm_mnist")
-    score, process = model.log_score, model.log_score.process
+    score: Any = model.log_score
+    process = model.log_score.process
     images = jnp.asarray(data.load("mnist_small")["x"], jnp.float32) / 255
     first, second, third = jax.random.split(jax.random.key(seed), 3)
     start = fitted_prior(process, model.positive.to_positive(images)).sample(first, COUNT)

@@ -49,9 +49,7 @@ def denoisers(ctx: Context) -> Outcome:
         score = target().log_score(process)
         log_mean = gbm_diffusion.posterior_log_mean(process, score, y, at)[:, 0] - one * variance
         spread = gbm_diffusion.posterior_log_variance(process, score, y, at)[:, 0]
-        mean = gbm_diffusion.posterior_mean(process, lambda v, law=law: law.log_prob(jnp.exp(v)) + v.sum(-1), y, at)[
-            :, 0
-        ]
+        mean = gbm_diffusion.posterior_mean(process, law.log_prob_of_log, y, at)[:, 0]
         mean = jnp.exp(log_mean) if geometric else mean
         spread = jnp.full_like(spread, variance) if flat else spread
         exact = []
