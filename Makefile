@@ -6,7 +6,8 @@ WORKERS = -n 2 --dist loadfile
 
 help:
 	@echo "make check    build .venv if needed, run the paper checks at the quick budget, write reports/report.html"
-	@echo "make test     build .venv if needed, run the unit tests and the quick paper checks"
+	@echo "make test     build .venv if needed, run the unit tests but the slow ones, and the quick paper checks"
+	@echo "make test-all the same with the slow tests"
 	@echo "make lint     ruff: lint and format"
 	@echo "make types    mypy on the packages"
 	@echo "make lane-b   build .venv-b with the newest jax if needed, run the same tests there"
@@ -25,6 +26,9 @@ check: environment
 
 test: environment
 	.venv/bin/python -m pytest tests paper_checks -q -rs $(WORKERS) $(ARGS)
+
+test-all: environment
+	.venv/bin/python -m pytest tests paper_checks -q -rs -m "" $(WORKERS) $(ARGS)
 
 lint: environment
 	.venv/bin/python -m ruff check .
@@ -45,4 +49,4 @@ clean:
 	rm -rf .venv .venv-b build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help environment environment-b check test lint types lane-b wheel clean
+.PHONY: help environment environment-b check test test-all lint types lane-b wheel clean

@@ -461,6 +461,7 @@ def test_precision_is_that_of_jax(double):
         assert np.isfinite([value, slope]).all()
 
 
+@pytest.mark.slow
 def test_a_pure_function_of_key_and_arguments(x64, key):
     """The same under jit, vmap over keys and arguments, and in a scan; other keys give other draws."""
     grad = jax.value_and_grad(lambda t, k, x: EVERYTHING(k, t, x))

@@ -47,6 +47,7 @@ def relative(a: np.ndarray, b: np.ndarray, x: object) -> float:
 # ------------------------------------------------------------------------------------------------ the solution
 
 
+@pytest.mark.slow
 @given(st.sampled_from([1, 2, 12]), st.sampled_from(sorted(DIRECTIONS)), st.integers(0, 2**31), st.integers(-30, 30))
 @settings(max_examples=20)
 def test_the_solution_is_that_of_a_dense_solve(x64, n, name, seed, decade):

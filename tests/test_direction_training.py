@@ -214,6 +214,7 @@ def test_the_training_domain_is_one_shape_at_all_sizes(dimensions):
     assert (dt.training_domain(32, dimensions, seed=1).cells != fine.cells).any()
 
 
+@pytest.mark.slow
 def test_stages_learn_and_resume(tmp_path):
     """A small version of the command that made the shipped weights: the loss falls, and an interrupted run ends the same."""
     stages = [dt.Stage(8, 40, 4, 5e-3), dt.Stage(12, 2, 2, 1e-3)]

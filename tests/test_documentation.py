@@ -23,6 +23,7 @@ def test_readme_library_example() -> None:
     assert float(report.trace) <= float(report.exact) * (1 + 1e-5)  # 32-bit floats; the stated bound is the weaker one
 
 
+@pytest.mark.slow
 def test_readme_and_guide_examples_of_vi() -> None:
     for page in ("README.md", "docs/vi.md"):
         names: dict = {}
@@ -32,6 +33,7 @@ def test_readme_and_guide_examples_of_vi() -> None:
     assert {e.strategy for e in names["report"].estimates if e.agrees} >= {"reparam", "reinforce"}
 
 
+@pytest.mark.slow
 def test_readme_and_guide_examples_of_poisson_problems() -> None:
     for page in ("README.md", "docs/poisson.md"):
         names: dict = {}
@@ -43,6 +45,7 @@ def test_readme_and_guide_examples_of_poisson_problems() -> None:
             assert names.get("failed", 0) == 0
 
 
+@pytest.mark.slow
 def test_readme_and_guide_examples_of_learned_priors() -> None:
     for page in ("README.md", "docs/proximal.md"):
         names: dict = {}
@@ -51,6 +54,7 @@ def test_readme_and_guide_examples_of_learned_priors() -> None:
         assert names["info"].certificate.holds and bool(names["info"].converged), page
 
 
+@pytest.mark.slow
 def test_readme_and_guide_examples_of_multiplicative_diffusion() -> None:
     for page in ("README.md", "docs/gbm_diffusion.md"):
         names: dict = {}
@@ -60,6 +64,7 @@ def test_readme_and_guide_examples_of_multiplicative_diffusion() -> None:
     assert names["digits"].shape == (10, 28, 28)
 
 
+@pytest.mark.slow
 def test_guide_example_is_a_claim_that_holds() -> None:
     (example,) = [e for e in examples("docs/adding_a_paper.md") if "@claim" in e]
     names: dict = {}

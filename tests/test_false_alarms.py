@@ -169,6 +169,7 @@ def measured(request: pytest.FixtureRequest) -> Measured:
     return Measured(seeds, int(alarmed.sum()), found)
 
 
+@pytest.mark.slow
 def test_suite_raises_no_more_alarms_than_its_budget(measured: Measured) -> None:
     assert measured.alarmed <= stats.binom.isf(5e-4, measured.suites, 0.05)
 

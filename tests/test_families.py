@@ -181,6 +181,7 @@ def compiled(name):
     return jax.jit(lambda params, key: {s: estimates(s, make, f, params, key) for s in strategies})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXACT)
 def test_gradients_are_unbiased(name):
     _, _, spaces, exact, _ = EXACT[name]

@@ -108,6 +108,7 @@ def test_a_missing_mode_lowers_recall_only(key):
         fidelity.precision_recall(near, samples[:3])
 
 
+@pytest.mark.slow
 def test_a_classifier_learns_digits(key):
     digits = data.load("digits8x8")
     images, labels = jnp.asarray(digits["x"] / 16, jnp.float32), digits["y"].astype(np.int32)

@@ -52,6 +52,7 @@ def test_summary_has_mean_and_spread(script):
     assert script.summary(runs[:1])["spread"]["recall"] is None
 
 
+@pytest.mark.slow
 def test_a_reduced_training_ships_and_samples(script, tmp_path):
     """Digits of 8 x 8: after a few steps samples of what was written are nearer to the data than noise is."""
     size = script.SIZES["smoke"]._replace(steps=60, classifier_steps=40, samples=40)

@@ -258,6 +258,7 @@ def test_pictures_on_the_way(key, tmp_path):
 # ---- learning ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_score_is_learned(key):
     """Two log-normal parts in one dimension, whose score is known; the relative Fisher error of the learned one."""
     means, spread, process = jnp.array([-1.0, 1.0]), 0.2, geometric(0.2, 10.0)

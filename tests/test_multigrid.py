@@ -108,6 +108,7 @@ def test_contraction_is_that_of_conjugate_gradients(small, x64):
     np.testing.assert_allclose(cycle_training.contraction(cycle, h, error, 3), truth, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_short_training_beats_the_best_cycle_set_by_hand(small):
     """The recipe of the shipped numbers at a reduced size: 60 steps at 16²."""
     control, fit, judge = jax.random.split(jax.random.key(0), 3)

@@ -159,6 +159,7 @@ def test_vimco_has_less_variance_than_the_score_function(key):
     assert better.std() < plain.std() / 2
 
 
+@pytest.mark.slow
 def test_hierarchical_guides(key):
     """HVI, IWHVI and DIWHVI: a guide with an auxiliary choice u, summed over all values."""
 

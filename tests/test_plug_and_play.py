@@ -158,6 +158,7 @@ def test_histories(x64, key):
     assert np.isnan(changes[k:]).all() and changes[k - 1] <= 1e-8 < changes[k - 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["admm", "drs", "pgd", "hqs"])
 def test_derivatives_are_those_of_the_fixed_point(method, x64, key):
     data, f = random_problem(key), net(key)

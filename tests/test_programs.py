@@ -92,6 +92,7 @@ def programs(draw):
     return program
 
 
+@pytest.mark.slow
 @settings(max_examples=6)
 @given(program=programs(), x=st.floats(-2, 2))
 def test_sim_returns_the_density_of_its_trace(program, x):

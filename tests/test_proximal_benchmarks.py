@@ -140,6 +140,7 @@ def test_the_shipped_laplace_network_is_near_its_exact_minimiser():
         np.testing.assert_allclose(f, [exact, -exact], atol=0.03)
 
 
+@pytest.mark.slow
 def test_shipped_digits_denoise():
     digits = script("proximal_digits")
     _, test = digits.digits()
@@ -153,6 +154,7 @@ def test_shipped_digits_denoise():
 # --- trainings, reduced ---
 
 
+@pytest.mark.slow
 def test_digits_are_learned():
     """The training of the shipped network with a fiftieth of its steps."""
     network, info = script("proximal_digits").train(0, steps=64)
@@ -162,6 +164,7 @@ def test_digits_are_learned():
     assert min(float(w.min()) for w in constrained(network)) >= 0
 
 
+@pytest.mark.slow
 def test_laplace_networks_are_written(tmp_path, monkeypatch):
     priors = script("proximal_priors")
     monkeypatch.setattr(sys, "argv", ["x", "--train", "FOLDER"])
@@ -178,6 +181,7 @@ def test_laplace_networks_are_written(tmp_path, monkeypatch):
 # --- evaluations ---
 
 
+@pytest.mark.slow
 def test_digits_are_deblurred_as_by_the_library():
     """The loop of the host and `plug_and_play.admm`, the scaled proximal map included, come to the same images."""
     from solvers import imaging, plug_and_play
@@ -212,6 +216,7 @@ def test_priors_of_images_are_summed_up():
     assert len(mnist.figure(values).axes) == 3
 
 
+@pytest.mark.slow
 def test_images_run_from_end_to_end(tmp_path, capsys, monkeypatch):
     images = script("proximal_images")
     monkeypatch.delenv("PROOFSTONE_DATA", raising=False)
@@ -234,6 +239,7 @@ def test_data_that_is_absent_is_asked_for(monkeypatch):
         script("proximal_mnist").images("test", 3)
 
 
+@pytest.mark.slow
 def test_evaluation_of_digits_runs(tmp_path):
     digits = script("proximal_digits")
     console = Console(file=io.StringIO())

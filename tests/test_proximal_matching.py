@@ -218,6 +218,7 @@ def test_of_a_gaussian_all_losses_learn_the_posterior_mean(loss):
     np.testing.assert_allclose((found.w, found.b), (0.5, 0.5), atol=0.03)
 
 
+@pytest.mark.slow
 def test_a_learned_proximal_stays_one_and_so_does_its_average(key, monkeypatch):
     stages = [pm.Stage(pm.absolute, 30, 3e-2)]
     draw = lambda key, count: jax.random.normal(key, (count, 2))  # noqa: E731
@@ -314,7 +315,7 @@ def test_a_step_that_is_not_finite_stops():
     rows = jnp.ones((12, 2)).at[7].set(jnp.nan)
     stages = [pm.Stage(pm.squared, 24, 1e-2)]
     settings = {"sigma": 0.1, "batch": 1, "chunk": 5}
-    with pytest.warns(RuntimeWarning, match=r"not finite at step \d+, counted from 0, in stage 0"):
+    with pytest.warns(RuntimeWarning, match=r"not finite at step \d+, counted from 0"):
         found, info = training.train(jax.random.key(4), line(), rows, stages, **settings)
     assert info.stopped == "not finite"
     assert info.steps == len(info.losses) < 12
@@ -382,6 +383,7 @@ def test_training_names_bad_input(key, change, message):
 # --- files ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
     [

@@ -48,6 +48,7 @@ def test_the_networks_of_the_paper_have_its_parameters(make, expected, key):
     assert make(key).parameters == expected
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None)
 @given(seed=st.integers(0, 10**6), kind=st.sampled_from(list(SHAPES)), kept=st.sampled_from(["projection", "softplus"]))
 def test_the_jacobian_is_symmetric_and_at_least_alpha(x64, seed, kind, kept):
@@ -133,6 +134,7 @@ def test_resizing(sides, x64, key):
         assert _resized(y, sides).shape == (2, *sides)
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 10**6), kind=st.sampled_from(list(SHAPES)))
 def test_certified_constants_are_not_exceeded(x64, seed, kind):

@@ -74,6 +74,7 @@ def test_an_inexact_inversion_is_a_lower_bound_with_a_known_error(x64, key):
     assert float(proximal.regularizer(net, max_steps=1).evaluate(x).residual) > 1e-6
 
 
+@pytest.mark.slow
 def test_large_signals_are_inverted_too(x64, key):
     net = proximal.convolutional(key, (1, 18, 18), hidden=4, strides=(2,), last=4, alpha=0.1, dtype=jnp.float64)
     net = eqx.tree_at(constrained, net, tuple(w + 0.02 for w in constrained(net)))
@@ -83,6 +84,7 @@ def test_large_signals_are_inverted_too(x64, key):
     np.testing.assert_allclose(found.inverse, z, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [3, (1, 6, 6)])
 def test_a_batch_is_evaluated_as_each(x64, key, shape):
     make = proximal.mlp if shape == 3 else proximal.convolutional
@@ -101,6 +103,7 @@ def test_a_batch_is_evaluated_as_each(x64, key, shape):
     assert (few.value <= exact + 1e-12).all()  # a lower bound, whatever z
 
 
+@pytest.mark.slow
 def test_derivatives(x64, key):
     net = space(key)
     prior = proximal.regularizer(net)

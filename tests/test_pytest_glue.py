@@ -59,6 +59,7 @@ def verdicts(folder: Path) -> dict[str, object]:
     return {k: made[k] for k in ("claims", "papers", "settings", "complete")}
 
 
+@pytest.mark.slow
 def test_two_workers_give_the_same_report_as_one(tmp_path: Path):
     pytest.importorskip("xdist")
     single = run_pytest(ROOT, "paper_checks", *TWO, "--report", str(tmp_path / "one"))
@@ -167,6 +168,7 @@ def test_failures_say_what_failed_and_how_to_repeat_it(tmp_path: Path):
     assert stored["run"]["caught"] is False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [[], ["-n", "2"]])
 def test_what_no_single_item_can_see_fails_the_run_too(tmp_path: Path, workers: list[str]):
     if workers:
@@ -217,6 +219,7 @@ def twelve(folder: Path, source: str) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_claims_are_chosen_exactly(tmp_path: Path):
     folder = twelve(tmp_path, ELEVEN)
     one = run_pytest(folder, "paper_checks", "--claim", "planted:P1")
@@ -240,6 +243,7 @@ def false(ctx):
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [[], ["-n", "1"]])
 def test_a_run_that_stops_early_is_incomplete_and_a_selection_is_not(tmp_path: Path, workers: list[str]):
     if workers:
@@ -254,6 +258,7 @@ def test_a_run_that_stops_early_is_incomplete_and_a_selection_is_not(tmp_path: P
     assert selected["complete"] and {c["number"] for c in selected["claims"]} == {"P1", "P10", "P11"}
 
 
+@pytest.mark.slow
 def test_a_part_joins_the_report_of_the_whole(tmp_path: Path):
     folder = twelve(tmp_path, ELEVEN)
     run_pytest(folder, "paper_checks", "--report", "out")

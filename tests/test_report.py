@@ -814,6 +814,7 @@ def test_ensure_writable_in_a_folder_without_permission(tmp_path, monkeypatch):
         report.ensure_writable(tmp_path)
 
 
+@pytest.mark.slow
 def test_write_report_writes_both_files(tmp_path):
     pytest.importorskip("matplotlib")
     where = report.write_report(sample(), tmp_path / "out")
@@ -962,6 +963,7 @@ def test_a_negative_margin_is_called_violated_only_where_it_is():
     assert list(shown.values()) == ["violated", "zero within the tolerance", "estimated"]
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_a_selection_and_an_empty_one_say_so():
     def state(**parts: Any) -> str:
         shown = report.to_html({**sample(), **parts})
@@ -982,6 +984,7 @@ def test_minus_zero_is_zero():
     assert markup.number(-0.0) == "0" and markup.quoted(-0.0) == "0" and markup.number(-0.5) == "−0.5"
 
 
+@pytest.mark.slow
 def test_the_false_alarm_promise_is_of_tested_claims_and_names_asymptotic_ones(rendered):
     def promise(shown: str) -> str:
         return shown[shown.index("<dt>False alarm</dt>") :].split("</div>")[0]

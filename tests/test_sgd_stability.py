@@ -127,6 +127,7 @@ def test_power_iteration_of_the_operator_changes_side_at_the_threshold(problem):
 # -------------------------------------------------------------------------------------------------- threshold
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(problems)
 def test_all_forms_of_the_threshold_agree(problem):

@@ -33,6 +33,7 @@ except ValueError as error:
 """
 
 
+@pytest.mark.slow
 def test_eight_devices_give_the_answer_of_one() -> None:
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}

@@ -119,6 +119,7 @@ def tiny():
     )
 
 
+@pytest.mark.slow
 def test_the_programs_gradient_is_that_of_the_sum_by_hand(key, monkeypatch):
     air = module("air_model")
     monkeypatch.setitem(air.METHODS, "mixed", ("mvd", "enum"))
@@ -154,6 +155,7 @@ def test_an_unknown_method_is_named():
         air.objective(air.QUICK, "iw3-mvd")
 
 
+@pytest.mark.slow
 def test_air_runs_from_end_to_end(tmp_path, monkeypatch, quick_compilation):
     monkeypatch.delenv("PROOFSTONE_DATA", raising=False)  # reading MNIST takes seconds
     monkeypatch.setattr(module("vi_air"), "QUICK", tiny()._replace(digit_sizes=(3, 4)))
@@ -328,6 +330,7 @@ def test_the_interval_of_a_median():
     )  # normal theory: s.d. of a median is 1.2533 σ/√n
 
 
+@pytest.mark.slow
 def test_overhead_runs_from_end_to_end(tmp_path, quick_compilation):
     overhead, console = module("vi_overhead"), Console(quiet=True)
     result = {
