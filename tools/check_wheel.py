@@ -23,8 +23,14 @@ def check_contents(wheel: Path) -> None:
     foreign = [n for n in names if n.split("/")[0] not in PACKAGES and ".dist-info/" not in n]
     needed = [f"{package}/{file}" for package in PACKAGES for file in ("__init__.py", "py.typed")]
     needed += ["generative/datasets/digits8x8.npz", "generative/datasets/README.md"]
+    # What lies beside the sources of a package goes with it, whatever its name.
+    shipped = [
+        p
+        for folder in ("generative/datasets", "generative/weights", "solvers/weights")
+        for p in Path(folder).glob("*.npz")
+    ]
+    needed += [p.as_posix() for p in shipped]
     needed += [f"solvers/weights/{name}" for name in ("poisson2d.json", "poisson3d.json")]
-    needed += [f"solvers/weights/direction_poisson{d}d.npz" for d in (2, 3)]
     missing = [n for n in needed if n not in names]
     if foreign or missing:
         sys.exit(f"{wheel.name}: files that do not belong: {foreign}; files that are missing: {missing}")
