@@ -38,13 +38,13 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-class Counted(eqx.Module):
-    """A log-score, and what diffrax's solvers want of it."""
+class Flow(eqx.Module):
+    """The probability flow of a log-score, as diffrax's solvers want it."""
 
     score: Any
     process: Any
 
-    def flow(self, t: Any, y: Any, args: Any) -> Any:
+    def rate(self, t: Any, y: Any, args: Any) -> Any:
         return gbm_diffusion.probability_flow(self.process, self.score, y, t)
 
     def denoised(self, y: Any, t: Any) -> Any:
@@ -52,15 +52,15 @@ class Counted(eqx.Module):
 
 
 @eqx.filter_jit
-def by_flow(model: Counted, y: Any, end: Any, solver: Any, steps: int | None, tolerance: float) -> tuple[Any, Any]:
+def by_flow(model: Flow, y: Any, end: Any, solver: Any, steps: int | None, tolerance: float) -> tuple[Any, Any]:
     """log x_0 and evaluations of the network."""
     fixed = steps is not None
     controller = diffrax.ConstantStepSize() if fixed else diffrax.PIDController(rtol=tolerance, atol=tolerance)
     first = (end - 1) / steps if fixed else None
     solution = diffrax.diffeqsolve(
-        diffrax.ODETerm(model.flow), solver, 1.0, end, first, y, stepsize_controller=controller, max_steps=4096
+        diffrax.ODETerm(model.rate), solver, 1.0, end, first, y, stepsize_controller=controller, max_steps=4096
     )
-    stages = {"Euler": 1, "Heun": 2, "Midpoint": 2, "Tsit5": 6, "Dopri5": 6, "Dopri8": 13}[type(solver).__name__]
+    stages = {"Euler": 1, "Heun": 2, "Tsit5": 6, "Dopri5": 6, "Dopri8": 13}[type(solver).__name__]
     return model.denoised(solution.ys[-1], end), stages * solution.stats["num_steps"] + 1
 
 
@@ -72,7 +72,7 @@ def main() -> None:
     prior = fitted_prior(process, trained.positive.to_positive(images))
     start = prior.sample(jax.random.key(0), given.batch)
     score = guidance.of_class(trained.log_score, jnp.arange(given.batch) % 10)
-    model = Counted(score, process)
+    model = Flow(score, process)
     y, end = jnp.log(start), process.time(jnp.asarray(SMALLEST, jnp.float32))
 
     def ours(method: str, evaluations: int) -> Callable[[int], Any]:

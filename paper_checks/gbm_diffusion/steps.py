@@ -224,8 +224,8 @@ def weak(ctx: Context) -> Outcome:
 @claim(
     PAPER,
     "T17",
-    r"Repeated at one time, steps with the reverse drift converge to $p_t^2/\!\int p_t^2$, which is too cold; with half of the "
-    r"score they converge to $p_t$.",
+    r"Repeated at one time, steps in $y=\log x$ with the reverse drift, $\mu=\tfrac12\sigma^2$, converge to the law of density "
+    r"$\propto p_{Y,t}^2$, which is too cold; with half of the score they converge to $p_{Y,t}$.",
     title="Inner loops at a fixed level are too cold",
     kind="statistical",
     controls={"itself": r"the law with the full drift is $p_t$", "other": r"the law with half the drift is $p_t^2$"},
