@@ -77,32 +77,37 @@ def wiener(noisy: np.ndarray, train: np.ndarray, sigma: float) -> np.ndarray:
     return ((noisy.reshape(len(noisy), -1) - mean) @ gain.T + mean).reshape(noisy.shape)
 
 
-# ---- deblurring -----------------------------------------------------------------------------------------------------------
+# ---- restoring --------------------------------------------------------------------------------------------------------------
 
 BLUR_NOISE, SLOPE, INNER, CHANGE, MOST = 0.05, 2.0, 3, 1e-5, 2000
 
 
-class Deblurred(NamedTuple):
-    """images  z of each
-    steps    until its relative change was below CHANGE; MOST if it never was
-    residual the largest of the scaled proximal map: ‖(1 - λ) f(w) + λ w - v‖ relative to ‖v‖, at the last step of each
+class Restored(NamedTuple):
+    """images     z of each
+    steps      until its relative change was below CHANGE; the most that were allowed if it never was
+    converged  whether it was
+    residual   the largest of the scaled proximal map: ‖(1 - λ) f(w) + λ w - v‖ relative to ‖v‖, at the last step of each
     """
 
     images: np.ndarray
     steps: np.ndarray
+    converged: np.ndarray
     residual: float
 
 
 @eqx.filter_jit
-def _iterate(network: LearnedProximal, blur: imaging.Blur, state: Any, b: Array, rho: Array, lam: Array) -> Any:
+def _iterate(denoise: Any, operator: Any, state: Any, b: Array, rho: Array, lam: Array | None) -> Any:
     z, u, w = state
 
     def norms(x: Array) -> Array:
         return jnp.linalg.norm(x.reshape(len(x), -1), axis=1)
 
-    x = jax.vmap(lambda b, v: blur.regularized_inverse(blur.T(b) + rho * v, rho))(b, z - u)
+    x = jax.vmap(lambda b, v: operator.regularized_inverse(operator.T(b) + rho * v, rho))(b, z - u)
     u = u + x - z
-    v, f = u + x, jax.vmap(network)
+    v, f = u + x, jax.vmap(denoise)
+    if lam is None:
+        new, residual = f(v), jnp.zeros(len(v), v.dtype)
+        return (new, u, v), norms(new - z) / norms(z), residual
     for _ in range(INNER):
         w = w - 2 / ((1 - lam) * SLOPE + 2 * lam) * ((1 - lam) * f(w) + lam * w - v)
     new = f(w)
@@ -110,33 +115,44 @@ def _iterate(network: LearnedProximal, blur: imaging.Blur, state: Any, b: Array,
     return (new, u, w), norms(new - z) / norms(z), residual
 
 
-def deblur(network: LearnedProximal, blur: imaging.Blur, b: np.ndarray, rho: float, lam: float) -> Deblurred:
+def restore(
+    denoise: Any,
+    operator: Any,
+    b: np.ndarray,
+    rho: float,
+    lam: float = 1.0,
+    *,
+    start: np.ndarray | None = None,
+    most: int = MOST,
+) -> Restored:
     """`plug_and_play.admm` for all images at once, as a loop of the host (in XLA's own loops convolutions on CPUs are slow).
 
+    denoise  a module y -> D(y), for λ ≠ 1 a learned proximal network
+    start    the first images; None for Aᵀb
     The proximal map of λ R is f(w) with (1 - λ) f(w) + λ w = v; w goes on from one iteration to the next by a few gradient steps,
     so that both problems are solved together.
     """
-    images, steps, worst = np.array(b), np.full(len(b), MOST), 0.0
-    left = np.arange(len(b))
     data_now = jnp.asarray(b)
-    state = (data_now, jnp.zeros_like(data_now), data_now)
-    numbers = jnp.asarray(rho, jnp.float32), jnp.asarray(lam, jnp.float32)
-    for step in range(1, MOST + 1):
-        state, change, residual = _iterate(network, blur, state, data_now, *numbers)
-        done = np.asarray(change) <= CHANGE
-        first = done & (steps[left] == MOST)
+    first_images = jax.vmap(operator.T)(data_now) if start is None else jnp.asarray(start)
+    images, steps, converged, worst = np.array(first_images), np.full(len(b), most), np.zeros(len(b), bool), 0.0
+    left = np.arange(len(b))
+    state = (first_images, jnp.zeros_like(first_images), first_images)
+    numbers = jnp.asarray(rho, jnp.float32), None if lam == 1 else jnp.asarray(lam, jnp.float32)
+    for step in range(1, most + 1):
+        state, change, residual = _iterate(denoise, operator, state, data_now, *numbers)
+        first = (np.asarray(change) <= CHANGE) & ~converged[left]
         images[left[first]], steps[left[first]] = np.asarray(state[0])[first], step
+        converged[left[first]] = True
         if first.any():
             worst = max(worst, float(np.asarray(residual)[first].max()))
-        open_ = steps[left] == MOST
+        open_ = ~converged[left]
         if not open_.any():
             break
         if open_.sum() <= len(left) // 2:  # half as many: worth a compilation
             left, data_now = left[open_], data_now[open_]
             state = tuple(v[open_] for v in state)
-    else:
-        images[left] = np.asarray(state[0])
-    return Deblurred(images, steps, worst)
+    images[left[~converged[left]]] = np.asarray(state[0])[~converged[left]]
+    return Restored(images, steps, converged, worst)
 
 
 def evaluate(network: LearnedProximal, sigma: float, count: int, out: Path, console: Console) -> dict[str, Any]:
@@ -160,12 +176,12 @@ def evaluate(network: LearnedProximal, sigma: float, count: int, out: Path, cons
         )
         console.print(str(known))
         start = time.perf_counter()
-        ran = deblur(network, blur, b, rho, lam)
+        ran = restore(network, blur, b, rho, lam)
         pictures[f"deblurred, λ = {lam:.3g}"] = ran.images
         result["deblurring"][f"rho {rho:g}, lam {lam:.4g}"] = {
             "certified": known.holds,
             "PSNR": float(psnr(ran.images, test).mean()),
-            "converged": float((ran.steps < MOST).mean()),
+            "converged": float(ran.converged.mean()),
             "most steps": int(ran.steps.max()),
             "median steps": float(np.median(ran.steps)),
             "inner residual": ran.residual,

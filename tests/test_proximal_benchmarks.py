@@ -191,7 +191,7 @@ def test_digits_are_deblurred_as_by_the_library():
     network = mlp(jax.random.key(3), (1, 8, 8), hidden=8, layers=1, beta=2.0, alpha=0.3)
     blur = imaging.blur(imaging.gaussian_kernel(3, 0.8, jnp.float32), (1, 8, 8))
     b = digits.digits()[1][:2]
-    ran = digits.deblur(network, blur, b, 1.05, 0.5)
+    ran = digits.restore(network, blur, b, 1.05, 0.5)
     assert (ran.steps < digits.MOST).all() and ran.residual < 1e-3
     for image, measured in zip(ran.images, b, strict=True):
         term = imaging.LeastSquares(blur, jnp.asarray(measured))
