@@ -40,6 +40,7 @@ from generative.gbm_processes import from_functions as from_functions
 from generative.gbm_processes import geometric as geometric
 from generative.gbm_processes import sinh_times as sinh_times
 from generative.gbm_processes import uniform_times as uniform_times
+from generative.positive import check_positive
 
 LogScore = Callable[[Array, Array], Array]
 
@@ -48,12 +49,14 @@ LogScore = Callable[[Array, Array], Array]
 
 
 def perturb(
-    process: Process, key: Key[Array, ""], x0: Float[Array, " batch *event"], t: Level | Float[Array, " batch"]
+    key: Key[Array, ""], process: Process, x0: Float[Array, " batch *event"], t: Level | Float[Array, " batch"]
 ) -> tuple[Float[Array, " batch *event"], Float[Array, " batch *event"]]:
     """(x_t, z): a draw x_t = x_0^a exp(M + sqrt(V) z) of the kernel, and its standard normal z.
 
-    t is one time, or one to each of the batch.  x0 has to be positive: `generative.positive` maps data there.
+    t is one time, or one to each of the batch.
+    Raises ValueError unless x0 is positive, with the map of `generative.positive` that would make it so.
     """
+    check_positive("perturb: x0", x0)
     a, shift, variance = (column(f(t), x0) for f in (process.scale, process.shift, process.variance))
     z = jax.random.normal(key, x0.shape, x0.dtype)
     return jnp.exp(a * jnp.log(x0) + shift + jnp.sqrt(variance) * z), z

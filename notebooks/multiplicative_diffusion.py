@@ -52,7 +52,7 @@ times = np.linspace(0, 1, 200)
 steps = jax.random.normal(jax.random.fold_in(key, 1), (len(times), 30, 1)) * 1.6 * np.sqrt(times[1])
 paths = target.sample(jax.random.fold_in(key, 2), 30) * jnp.exp(jnp.cumsum(steps.at[0].set(0), 0))[..., 0:1]
 x_0 = target.sample(key, 20_000)
-x_1, _ = gbm_diffusion.perturb(process, jax.random.fold_in(key, 3), x_0, 1.0)
+x_1, _ = gbm_diffusion.perturb(jax.random.fold_in(key, 3), process, x_0, 1.0)
 gained = float(jnp.log(x_1).var() - jnp.log(x_0).var())
 print(f"log x gained the variance {gained:.3f} on the way; V = {float(process.variance(1.0)):.3f}")
 

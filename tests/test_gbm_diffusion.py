@@ -87,7 +87,7 @@ def test_draws_follow_the_kernel(key):
     process = gbm.GeometricOrnsteinUhlenbeck(2.0)
     x0 = jnp.exp(jax.random.normal(key, (2000, 2)))
     t = jnp.linspace(0.01, 1, 2000)
-    x, z = gbm.perturb(process, jax.random.fold_in(key, 1), x0, t)
+    x, z = gbm.perturb(jax.random.fold_in(key, 1), process, x0, t)
     v = 1 - np.exp(-2 * np.asarray(t))[:, None]
     expected = np.sqrt(1 - v) * np.log(x0) + np.sqrt(v) * np.asarray(z)
     np.testing.assert_allclose(np.log(x), expected, atol=1e-5)
@@ -108,11 +108,16 @@ def test_transition_density_is_the_log_normal_one(process, x64):
 def test_conditional_score_is_x_times_the_gradient(process, x64, key):
     x0 = jnp.array([[0.3, 2.0], [1.0, 5.0]])
     t = jnp.array([0.1, 0.9])
-    x, z = gbm.perturb(process, key, x0, t)
+    x, z = gbm.perturb(key, process, x0, t)
     xi = gbm.conditional_score(process, x, t, x0)
     gradient = jax.grad(lambda x: gbm.transition_log_density(process, x, t, x0).sum())(x)
     np.testing.assert_allclose(xi, x * gradient, rtol=1e-9)
     np.testing.assert_allclose(xi, -1 - z / np.sqrt(process.variance(t))[:, None], rtol=1e-9)
+
+
+def test_noise_is_refused_by_data_that_are_not_positive(key):
+    with pytest.raises(ValueError, match=r"perturb: x0 holds 1 of 2 .*the smallest is 0.*shift\(1.0\)"):
+        gbm.perturb(key, gbm.GeometricBrownianMotion(), jnp.array([[0.0, 1.0]]), 0.5)
 
 
 def posterior(process, y, t):
