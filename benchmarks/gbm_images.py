@@ -68,7 +68,7 @@ def table(size: Size, kind: str, recipe: str) -> list[Row]:
             *(Row(f"multistep3 {k}", "multistep3", k) for k in (5, 10, 20)),
             *(Row(f"multistep3 20, guided by {w}", "multistep3", 20, weight=w) for w in (1.5, 2.0, 3.0)),
             Row("multistep3 20, no class", "multistep3", 20, weight=0.0),
-            Row("DPM-Solver++(2M) 10", "dpm2m", 10),
+            *(Row(f"DPM-Solver++(2M) {k}", "dpm2m", k) for k in (5, 10, 20)),
             Row("Heun 10", "heun", 10),
             Row("ancestral 20", "ancestral", 20),
             Row(f"DLS {n}", "dls", n, slow=True),
