@@ -32,9 +32,10 @@ from solvers.proximal.denoisers import FreeDenoiser, GradientStepDenoiser
 from solvers.proximal.functional import Regularizer
 
 SIGMA, SHAPE, MOST, CERTIFIED = 0.1, (1, 8, 8), 2000, 1.05
-PENALTIES = (0.3, 0.2, 0.14, 0.1, 0.07, 0.05, 0.035, 0.025, 0.018, 0.012, 0.008)
+PENALTIES = (0.3, 0.2, 0.14, 0.1, 0.07, 0.05, 0.035, 0.025, 0.016, 0.01, 0.006, 0.004, 0.0025, 0.0016, 0.001)
+CONVEX = 0.1  # ρ of the convex priors, which converge for any
 PARAMETERS = (0.1, 0.15, 0.2, 0.25, 0.35, 0.5)
-TUNING, TUNING_STEPS = 60, 60  # training images and iterations with which weights are chosen
+TUNING, TUNING_STEPS = 60, 200  # training images and iterations with which weights are chosen
 
 
 class Denoiser(eqx.Module):
@@ -99,13 +100,14 @@ def best(score: Callable[[float], float], tried: tuple[float, ...]) -> float:
 
 
 class Setting(NamedTuple):
-    """What is run: with ρ and λ.  `known`: whether convergence is known beforehand."""
+    """What is run: with ρ and λ.  `known`: whether convergence is known beforehand; `weight` of a convex prior."""
 
     label: str
     denoise: Any
     rho: float
     lam: float
     known: bool
+    weight: float | None = None
 
 
 def settings(task: Task, networks: dict[str, Any]) -> list[Setting]:
@@ -118,8 +120,8 @@ def settings(task: Task, networks: dict[str, Any]) -> list[Setting]:
 
     found = []
     for label, prior in CLASSICAL.items():
-        weight = best(lambda w, prior=prior: score(Denoiser(prior(w)), 1.0), PENALTIES)
-        found.append(Setting(label, Denoiser(prior(weight)), 1.0, 1.0, True))
+        weight = best(lambda w, prior=prior: score(Denoiser(prior(w / CONVEX)), CONVEX), PENALTIES)
+        found.append(Setting(label, Denoiser(prior(weight / CONVEX)), CONVEX, 1.0, True, weight))
     for label, network in networks.items():
         rho = best(lambda r, network=network: score(network, r), PARAMETERS)
         found.append(Setting(label, network, rho, 1.0, False))
@@ -144,7 +146,14 @@ def compared(networks: dict[str, Any], count: int, seeds: int, console: Console)
             values = np.stack([np.nan_to_num(v, nan=-np.inf) for v, _ in each])
             lost = values < -10
             rows.append(
-                {"task": name, "prior": setting.label, "rho": setting.rho, "lam": setting.lam, "known": setting.known}
+                {
+                    "task": name,
+                    "prior": setting.label,
+                    "rho": setting.rho,
+                    "lam": setting.lam,
+                    "known": setting.known,
+                    "weight": setting.weight,
+                }
                 | {
                     "PSNR": float(values[~lost].mean()) if (~lost).any() else None,
                     "of each seed": [
@@ -183,30 +192,34 @@ def figure(rows: list[dict[str, Any]], denoising: dict[str, float]) -> Any:
     import matplotlib.figure
 
     names = list(dict.fromkeys(row["prior"] for row in rows))
-    fig = matplotlib.figure.Figure((11, 3.2), layout="constrained")
+    fig = matplotlib.figure.Figure((11, 3.4), layout="constrained")
     axes = fig.subplots(1, 3, sharey=True)
-    values = [denoising[name] for name in names]
-    axes[0].plot(values, range(len(names)), "o", color="black")
+    axes[0].plot([denoising[name] for name in names], range(len(names)), "o", color="black")
     axes[0].set(title=f"denoising, σ = {SIGMA:g}", yticks=range(len(names)), yticklabels=names)
     for axis, task in zip(axes[1:], dict.fromkeys(row["task"] for row in rows), strict=True):
         axis.set_title(task)
-        for row in (row for row in rows if row["task"] == task and row["PSNR"] is not None):
-            theorem = row["rho"] >= 1
-            place = names.index(row["prior"]) + (-0.15 if theorem else 0.15)
-            colour = "C0" if theorem else "C1"
+        shown = [row for row in rows if row["task"] == task and row["PSNR"] is not None]
+        middle = np.mean([row["PSNR"] for row in shown])
+        for row in shown:
+            pair = sum(other["prior"] == row["prior"] for other in shown) > 1
+            place = names.index(row["prior"]) + (0 if not pair else -0.17 if row["rho"] >= 1 else 0.17)
+            colour = "C0" if row["known"] else "C1"
             axis.plot(row["PSNR"], place, "o", color=colour, mfc=colour if row["known"] else "white")
-            note = f" ρ = {row['rho']:.3g}, {row['converged']:.0%} converged"
-            left = row["PSNR"] > np.mean([r["PSNR"] for r in rows if r["task"] == task and r["PSNR"] is not None])
-            axis.annotate(note + " ", (row["PSNR"], place), fontsize=6, va="center", ha="right" if left else "left")
+            note, left = f"ρ = {row['rho']:.3g}, {100 * row['converged']:.3g} % converged", row["PSNR"] > middle
+            how = {"xytext": (-6 if left else 6, 0), "textcoords": "offset points", "ha": "right" if left else "left"}
+            axis.annotate(note, (row["PSNR"], place), fontsize=6, va="center", **how)
     for axis in axes:
         axis.set(xlabel="PSNR, dB", ylim=(len(names) - 0.5, -0.5))
-        axis.margins(x=0.25)
+        axis.margins(x=0.3)
+    axes[1].plot([], [], "o", color="C0", label="known to converge")
+    axes[1].plot([], [], "o", color="C1", mfc="white", label="not known")
+    axes[1].legend(fontsize=7, loc="lower left")
     return fig
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=6400, help="of the training of each denoiser")
+    parser.add_argument("--steps", type=int, default=3200, help="of the training of each denoiser")
     parser.add_argument(
         "--hidden", type=int, default=44, help="their channels; 44 for as many weights as the learned network"
     )
