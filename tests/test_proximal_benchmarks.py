@@ -259,3 +259,30 @@ def test_evaluation_of_digits_runs(tmp_path):
     result = digits.evaluate(weights.load("digits8x8"), 0.1, 2, tmp_path, console, seeds=2)
     assert result["images"] == 2 and len(result["denoising"]["learned"]["of each seed"]) == 2
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"proximal_digits.{s}" for s in ("json", "png", "svg")]
+
+
+@pytest.mark.slow
+def test_baselines_are_compared(tmp_path):
+    """Half of the pixels for one image: untrained denoisers and the shipped network, from the table to the figure."""
+    baselines = script("proximal_baselines")
+    console = Console(file=io.StringIO())
+    networks = baselines.trained(2, 4, tmp_path, console)
+    assert set(networks) == {"gradient step", "free"}
+    task = baselines.tasks()["half of the pixels"]
+    clean = script("proximal_digits").digits()[1][:3]
+    b = task.measured(clean, 1)
+    known = np.asarray(task.operator.mask)
+    assert (
+        known.sum() == 32 and (task.start(b)[:, ~known] == 0.5).all() and (task.start(b)[:, known] == b[:, known]).all()
+    )
+    ran = task.restored(baselines.Denoiser(baselines.CLASSICAL["total variation"](0.04)), b, 0.1, most=400)
+    assert ran.converged.all()
+    # What is known stays near what was measured, whose noise is 0.05; what is not, lies within the range of its neighbours.
+    assert np.abs(ran.images - b)[:, known].max() < 0.2
+    assert ran.images.min() > b[:, known].min() - 1e-3 and ran.images.max() < b[:, known].max() + 1e-3
+
+
+def test_the_best_of_what_is_tried():
+    baselines = script("proximal_baselines")
+    assert baselines.best(lambda v: -((v - 0.2) ** 2), (0.1, 0.25, 0.5)) == 0.25
+    assert baselines.best(lambda v: np.nan if v < 0.2 else -v, (0.1, 0.25, 0.5)) == 0.25
