@@ -240,15 +240,25 @@ def figure(rows: dict[str, dict[str, Any]], floor: dict[str, float]) -> Any:
 
     fig = matplotlib.figure.Figure((12, 4.4), layout="constrained")
     colours = {"contrast": "C0", "shift": "C2", "paper": "C3"}
+    distances = [floor["frechet"], *(row["frechet"] for row in rows.values())]
+    lowest, highest = min(distances), max(distances)
     for axes, what in zip(fig.subplots(1, 2), ("frechet", "kernel"), strict=True):
         for name, row in rows.items():
             marker = next(m for part, m in MARKERS.items() if part in name)
             style = {"fmt": marker, "color": colours[name.partition(":")[0]], "capsize": 2, "label": name}
             style["mfc"] = "white" if "paper's process" in name or "annealed" in name else None
+            if "guided" in name:
+                style |= {"color": "C1", "ms": 4 + 3 * float(name.rpartition(" ")[2])}
             axes.errorbar(row["evaluations"], row[what], row["spread"][what] or 0.0, **style)
         axes.axhline(floor[what], color="gray", linestyle=":", label="training images")
-        axes.set(xscale="log", xlabel="evaluations of the network", ylabel=f"{what} distance")
-    fig.axes[0].set_yscale("log")
+        axes.set(xscale="log", xlabel="evaluations of the network")
+        axes.set_xticks([5, 10, 20, 50, 100, 200], ["5", "10", "20", "50", "100", "200"], minor=False)
+        axes.minorticks_off()
+    fig.axes[0].set(yscale="log", ylabel="Fréchet distance")
+    ticks = [v for v in (0.5, 1, 1.5, 2, 3, 4, 6, 10, 15, 20, 30, 50, 100) if 0.8 * lowest < v < 1.2 * highest]
+    fig.axes[0].set_yticks(ticks, [f"{v:g}" for v in ticks], minor=False)
+    fig.axes[0].minorticks_off()
+    fig.axes[1].set_ylabel("kernel distance")
     fig.axes[1].set_yscale("symlog", linthresh=0.1)
     fig.axes[1].set_ylim(bottom=min(0, *(row["kernel"] for row in rows.values())))
     fig.legend(*fig.axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=7)
