@@ -211,9 +211,9 @@ def figure(rows: list[dict[str, Any]], denoising: dict[str, float]) -> Any:
     for axis in axes:
         axis.set(xlabel="PSNR, dB", ylim=(len(names) - 0.5, -0.5))
         axis.margins(x=0.3)
-    axes[1].plot([], [], "o", color="C0", label="known to converge")
-    axes[1].plot([], [], "o", color="C1", mfc="white", label="not known")
-    axes[1].legend(fontsize=7, loc="lower left")
+    axes[0].plot([], [], "o", color="C0", label="known to converge")
+    axes[0].plot([], [], "o", color="C1", mfc="white", label="not known")
+    axes[0].legend(fontsize=7, loc="lower left")
     return fig
 
 
