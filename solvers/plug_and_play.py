@@ -28,7 +28,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from solvers.proximal.functional import Regularizer
-from solvers.proximal.network import LearnedProximal
+from solvers.proximal.network import LearnedProximal, is_convex
 
 Method = Literal["admm", "drs", "pgd", "hqs"]
 
@@ -236,6 +236,14 @@ def certificate(
 def _is_proximal(prior: Any, lam: Any) -> Hypothesis:
     name, remedy = "the denoiser is the proximal map of a function", "use a learned proximal network or a Regularizer"
     exact = isinstance(prior, Regularizer | LearnedProximal)
+    network = getattr(prior, "network", prior)
+    if isinstance(network, LearnedProximal) and (convex := is_convex(network)) is not True:
+        remedy = (
+            "its weights are not known here"
+            if convex is None
+            else "W_k or w has negative entries: use projected(network)"
+        )
+        return Hypothesis(name, convex, remedy)
     if exact and not isinstance(prior, LearnedProximal) and prior.weak_convexity is None:
         return Hypothesis(name + ", single-valued", None, "the weak convexity of R is not known")
     return Hypothesis(name, True if exact else None, remedy)

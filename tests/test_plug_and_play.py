@@ -126,6 +126,25 @@ def test_a_convex_prior_needs_no_small_step(x64, key):
     assert not plug_and_play.certificate("pgd", data, Absolute(), step=2.1 / float(data.lipschitz)).holds
 
 
+def test_a_network_with_negative_weights_is_not_certified(x64, key):
+    """As after a step of an optimiser that was not followed by `projected`: its Jacobian has negative eigenvalues."""
+    good = net(key)
+    bad = eqx.tree_at(lambda n: n.output, good, -good.output)
+    data = Quadratic(jnp.eye(5) * 2, jnp.ones(5))
+    for prior in (bad, proximal.regularizer(bad)):
+        known = plug_and_play.certificate("admm", data, prior, step=4.1)
+        assert (
+            not known.holds and "violated: the denoiser is the proximal map" in str(known) and "projected" in str(known)
+        )
+    with pytest.raises(ValueError, match="certified: W_k or w has negative entries"):
+        proximal.network.certified(bad)
+    seen = []
+    jax.jit(lambda n: seen.append(plug_and_play.certificate("admm", data, n, step=4.1)) or 0)(
+        eqx.filter(good, eqx.is_array)
+    )
+    assert not seen[0].holds and "unknown: the denoiser is the proximal map" in str(seen[0])
+
+
 def test_certificates_name_what_is_violated_and_what_to_do(x64, key):
     data = Quadratic(jnp.eye(5) * 2, jnp.ones(5))
     good = proximal.regularizer(net(key))

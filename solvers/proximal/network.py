@@ -152,6 +152,16 @@ def projected(network: LearnedProximal) -> LearnedProximal:
     return eqx.tree_at(constrained, network, tuple(jnp.maximum(w, 0) for w in constrained(network)))
 
 
+def is_convex(network: LearnedProximal) -> bool | None:
+    """Whether W_k and w are not negative, so that ψ is convex for any signal.  None where they are traced and not known."""
+    if network.kept == "softplus":
+        return True
+    weights = constrained(network)
+    if any(isinstance(w, jax.core.Tracer) for w in weights):
+        return None
+    return all(bool((np.asarray(w) >= 0).all()) for w in weights)
+
+
 def mlp(
     key: Key[Array, ""],
     shape: int | Sequence[int],
@@ -331,7 +341,13 @@ def certified(network: LearnedProximal) -> Certified:
 
     Of a unit j of layer k, G_k[j] bounds the gradient and S_k[j] the second derivative:
     A_k = W_k G_{k-1} + ‖H_k[j]‖,  S_k = β/4 A_k² + W_k S_{k-1},  G_k = A_k.  Of a convolution it is one number per channel.
+    Raises ValueError for negative W_k or w, with which none of this holds.
     """
+    if is_convex(network) is False:
+        raise ValueError(
+            "certified: W_k or w has negative entries, expected none: projected(network) sets them to zero, which is needed "
+            "after each step of an optimiser"
+        )
     gradient = second = np.zeros(0)
     for k, layer in enumerate(network.layers):
         weight = np.asarray(layer.weight if k == 0 else network.positive(layer.weight), float)

@@ -27,7 +27,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from solvers.proximal.functional import Regularizer
-from solvers.proximal.network import LearnedProximal, certified
+from solvers.proximal.network import LearnedProximal, certified, is_convex
 
 DENSE = 16
 """Signals of up to so many entries are inverted with the whole Jacobian."""
@@ -102,7 +102,7 @@ class LearnedRegularizer(Regularizer):
 
     @property
     def lipschitz(self) -> float | None:
-        return None if _traced(self.network) else certified(self.network).lipschitz
+        return certified(self.network).lipschitz if is_convex(self.network) and not _traced(self.network) else None
 
     def _found(self, x: Array) -> Evaluation:
         found = self.evaluate(x)
