@@ -262,8 +262,8 @@ def test_evaluation_of_digits_runs(tmp_path):
 
 
 @pytest.mark.slow
-def test_baselines_are_compared(tmp_path):
-    """Half of the pixels for one image: untrained denoisers and the shipped network, from the table to the figure."""
+def test_baselines_are_trained_and_fill_in(tmp_path):
+    """Two steps of the denoisers; and total variation on half of the pixels, which stays within what is known."""
     baselines = script("proximal_baselines")
     console = Console(file=io.StringIO())
     networks = baselines.trained(2, 4, tmp_path, console)
