@@ -28,6 +28,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Key
 
 from generative.gbm_processes import FunctionProcess as FunctionProcess
@@ -40,7 +41,7 @@ from generative.gbm_processes import from_functions as from_functions
 from generative.gbm_processes import geometric as geometric
 from generative.gbm_processes import sinh_times as sinh_times
 from generative.gbm_processes import uniform_times as uniform_times
-from generative.positive import check_positive
+from generative.positive import check_positive, exponent_limit
 
 LogScore = Callable[[Array, Array], Array]
 
@@ -54,12 +55,15 @@ def perturb(
     """(x_t, z): a draw x_t = x_0^a exp(M + sqrt(V) z) of the kernel, and its standard normal z.
 
     t is one time, or one to each of the batch.
-    Raises ValueError unless x0 is positive, with the map of `generative.positive` that would make it so.
+    Raises ValueError unless x0 is positive, with the map of `generative.positive` that would make it so; FloatingPointError if an
+    x_t is too large or too small for its dtype.  Inside jit values are not known: there it becomes infinite or zero.
     """
     check_positive("perturb: x0", x0)
     a, shift, variance = (column(f(t), x0) for f in (process.scale, process.shift, process.variance))
     z = jax.random.normal(key, x0.shape, x0.dtype)
-    return jnp.exp(a * jnp.log(x0) + shift + jnp.sqrt(variance) * z), z
+    y = a * jnp.log(x0) + shift + jnp.sqrt(variance) * z
+    _check_exponents("perturb: x_t", y)
+    return jnp.exp(y), z
 
 
 def transition_log_density(
@@ -68,7 +72,12 @@ def transition_log_density(
     t: Level | Float[Array, " batch"],
     x0: Float[Array, " batch *event"],
 ) -> Float[Array, " batch"]:
-    """log p(x_t | x_0), the log-normal density, summed over the entries of an event; -∞ at x <= 0."""
+    """log p(x_t | x_0), the log-normal density, summed over the entries of an event; -∞ at x <= 0.
+
+    Raises ValueError unless x0 and t are positive: at t = 0 there is no density.
+    """
+    check_positive("transition_log_density: x0", x0)
+    _check_later("transition_log_density", t)
     variance = column(process.variance(t), x)
     y = jnp.log(jnp.where(x > 0, x, 1))
     each = -((y - _centre(process, t, x0)) ** 2) / (2 * variance) - jnp.log(2 * math.pi * variance) / 2 - y
@@ -83,13 +92,40 @@ def conditional_score(
 ) -> Float[Array, " batch *event"]:
     """ξ(x_t | x_0) = x_t ∇ log p(x_t | x_0) = -1 - (log x_t - a log x_0 - M) / V, which is -1 - z / sqrt(V).
 
-    The Hyvarinen score of the kernel: the target of denoising score matching.
+    The Hyvarinen score of the kernel: the target of denoising score matching.  Raises ValueError unless x, x0 and t are positive.
     """
+    check_positive("conditional_score: x", x)
+    check_positive("conditional_score: x0", x0)
+    _check_later("conditional_score", t)
     return -1 - (jnp.log(x) - _centre(process, t, x0)) / column(process.variance(t), x)
 
 
 def _centre(process: Process, t: Time, x0: Array) -> Array:
     return column(process.scale(t), x0) * jnp.log(x0) + column(process.shift(t), x0)
+
+
+def _check_later(owner: str, t: Time) -> None:
+    """Raises ValueError unless all of t, where it is known, are positive."""
+    if isinstance(t, jax.core.Tracer):
+        return
+    known = np.asarray(t)
+    if not (known > 0).all():
+        raise ValueError(
+            f"{owner}: t is {known.min():g}, expected positive times: at t = 0 all of the kernel is at x0, without a density"
+        )
+
+
+def _check_exponents(name: str, y: Array) -> None:
+    """Raises FloatingPointError unless all of exp(y), where it is known, are normal numbers of their dtype."""
+    if isinstance(y, jax.core.Tracer):
+        return
+    limit = exponent_limit(y.dtype)
+    bad = ~(jnp.abs(y) <= limit)
+    if bool(bad.any()):
+        raise FloatingPointError(
+            f"{name} holds {int(bad.sum())} of {y.size} entries that are too large or too small: |log x_t| is up to "
+            f"{float(jnp.abs(y).max()):g}, and {y.dtype} ends at {limit:g}; expected a smaller V(t)"
+        )
 
 
 # ---- what the score tells of x_0 ----------------------------------------------------------------------------------------
@@ -145,7 +181,10 @@ def reverse_drift(
     """The drift of x as t runs down: dX = [-(μ + c log X) + (1 + λ²)/2 σ² (2 + ξ)] X dτ + λ σ X dW, in the sense of Ito.
 
     noise  λ: 1 is Anderson's reverse equation, with (2σ² - μ) X + σ² X ξ; 0 the probability flow; all have the same marginals
+
+    Raises ValueError unless x is positive.
     """
+    check_positive("reverse_drift: x", x)
     t = jnp.asarray(t, x.dtype)
     y = jnp.log(x)
     forward = process.drift(t) + process.reversion(t) * y

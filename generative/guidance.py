@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from generative.gbm_diffusion import LogScore, Process
+from generative.nets import NO_CLASS, check_labels, classes_of
 from generative.positive import check_positive
 
 
@@ -40,7 +41,10 @@ def of_class(
 
     model   (y, t, labels) -> log-score, where label -1 is no class, such as `losses.Parametrised` with a network of classes
     weight  of `guided`.  Both halves are one call of twice the batch; for 1, as a Python number, there is one half
+
+    Raises ValueError for a label that is no class of the model, as far as `nets.classes_of` knows them.
     """
+    check_labels("of_class: label", label, classes_of(model))
     plain = isinstance(weight, int | float) and weight == 1
     return OfClass(model, jnp.asarray(label, jnp.int32), None if plain else jnp.asarray(weight, float))
 
@@ -104,7 +108,7 @@ class OfClass(eqx.Module):
         labels = jnp.broadcast_to(self.label, y.shape[:1])
         if self.weight is None:
             return self.model(y, t, labels)
-        both = self.model(jnp.concatenate([y, y]), t, jnp.concatenate([labels, jnp.full_like(labels, -1)]))
+        both = self.model(jnp.concatenate([y, y]), t, jnp.concatenate([labels, jnp.full_like(labels, NO_CLASS)]))
         given, free = jnp.split(both, 2)
         return free + self.weight.astype(y.dtype) * (given - free)
 

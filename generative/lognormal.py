@@ -108,7 +108,8 @@ class LogNormalMixture(eqx.Module):
         return jnp.einsum("bk,bk...->b...", shares, slopes, precision="highest")
 
     def hyvarinen(self, x: Float[Array, " batch *event"]) -> Float[Array, " batch *event"]:
-        """ξ = x ∇ log p(x) = s_Y(log x) - 1."""
+        """ξ = x ∇ log p(x) = s_Y(log x) - 1.  Raises ValueError unless x is positive."""
+        check_positive("LogNormalMixture.hyvarinen: x", x)
         return self.score_of_log(jnp.log(x)) - 1
 
     def log_score(self, process: Process) -> LogScore:

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from generative.gbm_diffusion import LogScore, Process, column, entries, jacobian_diagonal
+from generative.nets import NO_CLASS, check_labels, classes_of
 from generative.positive import check_positive
 
 Form = Literal["denoiser", "noise", "hyvarinen"]
@@ -145,9 +146,12 @@ def denoising(
     log_score  (y, t, label) -> s_Y with t of shape (batch,); (y, t) where label is None
     times      `uniform()` by default
     The conditional score is s_Y(y | y_0) = -z / sqrt(V); the residual is taken as sqrt(λ/V) (sqrt(V) s_θ + z), which stays of
-    order one at small t.  Raises ValueError for x0 that is not positive, or an unknown weight.
+    order one at small t.  Raises ValueError for x0 that is not positive, a label that is no class of the model, as far as
+    `nets.classes_of` knows them, or an unknown weight.
     """
     check_positive("denoising: x0", x0)
+    if label is not None:
+        check_labels("denoising: label", label, classes_of(log_score))
     first, second = jax.random.split(key)
     t = (uniform() if times is None else times)(first, len(x0)).astype(x0.dtype)
     z = jax.random.normal(second, x0.shape, x0.dtype)
@@ -206,7 +210,7 @@ def edm(deviation: float | Array) -> Callable[[Process, Array], Array]:
 
 def without_class(key: Key[Array, ""], label: Int[Array, " batch"], *, share: float = 0.1) -> Int[Array, " batch"]:
     """The labels with this share of them, by chance, replaced by -1, no class: what classifier-free guidance is trained on."""
-    return jnp.where(jax.random.bernoulli(key, share, label.shape), -1, label)
+    return jnp.where(jax.random.bernoulli(key, share, label.shape), NO_CLASS, label)
 
 
 WEIGHTS: dict[str, Callable[[Process, Array], Array]] = {

@@ -1,7 +1,8 @@
 """Two networks for diffusion: a multilayer perceptron for a few dimensions, and a small U-Net for images.
 
 Both are called (u, level, label) -> array of the shape of u: u is (batch, *event); level (batch,) says how much noise there is, a
-number of order one such as ¼ log σ; label is int (batch,), -1 for no class, or None.  What the output means is for
+number of order one such as ¼ log σ; label is int (batch,), 0 to classes - 1 or NO_CLASS = -1, or None for no class at all.  Any
+other label raises ValueError where it is known, and makes its row NaN inside jit.  What the output means is for
 `generative.losses.Parametrised` to say.  A new network returns zeros, as its last layer is zero.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -17,6 +19,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
+NO_CLASS = -1  # the label of a row without a class
 _FREQUENCIES = 16  # of the Fourier features of the level
 
 
@@ -37,7 +40,7 @@ class Dense(eqx.Module):
 class Embedding(eqx.Module):
     """The level of noise and the class as one vector.
 
-    classes  one row for each class and a last one, for none; None for a network without classes
+    classes  one row for each class and a last one, for NO_CLASS; None for a network without classes
     """
 
     first: Dense
@@ -61,9 +64,16 @@ class Embedding(eqx.Module):
             if label is not None:
                 raise ValueError("network: a label is given to a network made without classes; expected label=None")
             return out
-        none = len(self.classes) - 1
-        label = jnp.full(level.shape, none) if label is None else jnp.where(label < 0, none, label)
-        return out + self.classes[label]
+        return out + self._of_class(self.classes, jnp.full(level.shape, NO_CLASS) if label is None else label)
+
+    @staticmethod
+    def _of_class(rows: Array, label: Array) -> Array:
+        none = len(rows) - 1
+        check_labels("network: label", label, none)
+        label = jnp.asarray(label).astype(jnp.result_type(label, jnp.int32))  # bytes have no -1
+        known = (label >= NO_CLASS) & (label < none)
+        # What is traced cannot raise, and indexing would take the nearest row for the right one.
+        return jnp.where(known[:, None], rows[jnp.where(label == NO_CLASS, none, label)], jnp.nan)
 
 
 class MLP(eqx.Module):
@@ -284,6 +294,30 @@ class UNet(eqx.Module):
             h = _doubled(h) if size else h
         out = self.last(jax.nn.silu(self.norm(h)))
         return _unpatched(out, self.patch).reshape(u.shape)
+
+
+def classes_of(model: Any) -> int | None:
+    """The number of classes of one of these networks, or of a model that has it as `network`; None where there is none."""
+    embedding = getattr(getattr(model, "network", model), "embedding", None)
+    rows = embedding.classes if isinstance(embedding, Embedding) else None
+    return None if rows is None else len(rows) - 1
+
+
+def check_labels(name: str, label: int | Array | np.ndarray, classes: int | None) -> None:
+    """Raises ValueError, which begins with `name`, unless label holds integers from NO_CLASS = -1 to classes - 1.
+
+    classes  None where nothing is known of it: then there is no largest label
+    Values inside jit, vmap or grad are not known and pass.
+    """
+    if isinstance(label, jax.core.Tracer):
+        return
+    found = np.asarray(label)
+    if not np.issubdtype(found.dtype, np.integer):
+        raise ValueError(f"{name} is of dtype {found.dtype}; expected integers")
+    if not found.size or (found.min() >= NO_CLASS and (classes is None or found.max() < classes)):
+        return
+    wanted = "0 or more" if classes is None else f"0 .. classes - 1 = {classes - 1}"
+    raise ValueError(f"{name} lies in {found.min()} .. {found.max()}; expected {wanted}, or {NO_CLASS} for no class")
 
 
 def parameters(network: eqx.Module) -> int:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -78,6 +79,7 @@ class Contrast(PositiveMap):
         return x
 
     def to_data(self, x: Float[Array | np.ndarray, "*shape"]) -> Float[Array, "*shape"]:
+        # NaN where an unconstrained sampler crossed zero: how many entries did, its info says.
         return jnp.log(x) / self.scale
 
     def log_slope(self, u: Float[Array | np.ndarray, "*shape"]) -> Float[Array, "*shape"]:
@@ -102,15 +104,24 @@ def check_positive(name: str, x: Float[Array | np.ndarray, "*shape"]) -> None:
     """
     if isinstance(x, jax.core.Tracer):
         return
-    good = (x > 0) & jnp.isfinite(x)
-    if bool(good.all()):
-        return
-    smallest = float(jnp.nan_to_num(jnp.asarray(x), nan=jnp.inf).min())
+    # Inside jit an array that is known, such as one that a function closes over, would be traced by the first operation on it.
+    with jax.ensure_compile_time_eval():
+        good = (x > 0) & jnp.isfinite(x)
+        if bool(good.all()):
+            return
+        smallest = float(jnp.nan_to_num(jnp.asarray(x), nan=jnp.inf).min())
+        bad = int((~good).sum())
     raise ValueError(
-        f"{name} holds {int((~good).sum())} of {good.size} entries that are not positive and finite (the smallest is "
+        f"{name} holds {bad} of {good.size} entries that are not positive and finite (the smallest is "
         f"{smallest:g}); expected positive numbers: positive.shift(1.0).to_positive maps data that start at 0, "
         "positive.contrast(c).to_positive data of any sign"
     )
+
+
+def exponent_limit(dtype: Any) -> float:
+    """The largest |y| for which exp(y) and exp(-y) are normal numbers of a dtype, rounded down to a whole number."""
+    about = jnp.finfo(dtype)
+    return float(math.floor(min(math.log(float(about.max)), -math.log(float(about.tiny)))))
 
 
 def dequantise(

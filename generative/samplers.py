@@ -28,6 +28,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from generative.gbm_diffusion import LogScore, Process
+from generative.positive import exponent_limit
 from generative.sampler_steps import METHODS, Interval, Method, Place, Step
 
 Loop = Literal["scan", "host"]
@@ -261,12 +262,6 @@ def _check_start(owner: str, x_T: Array) -> None:
 def _check_loop(owner: str, loop: str) -> None:
     if loop not in ("scan", "host"):
         raise ValueError(f"{owner}: loop is {loop!r}, expected 'scan' or 'host'")
-
-
-def exponent_limit(dtype: Any) -> float:
-    """The largest |y| for which exp(y) and exp(-y) are normal numbers of a dtype, rounded down to a whole number."""
-    about = jnp.finfo(dtype)
-    return float(math.floor(min(math.log(float(about.max)), -math.log(float(about.tiny)))))
 
 
 # ---- the released recipe ------------------------------------------------------------------------------------------------

@@ -120,6 +120,48 @@ def test_noise_is_refused_by_data_that_are_not_positive(key):
         gbm.perturb(key, gbm.GeometricBrownianMotion(), jnp.array([[0.0, 1.0]]), 0.5)
 
 
+@pytest.mark.parametrize("bad", [0.0, -2.0, np.nan, np.inf])
+def test_formulas_of_log_x_refuse_what_has_no_logarithm(bad):
+    process, good = gbm.GeometricBrownianMotion(), jnp.array([[1.0, 2.0]])
+    x = good.at[0, 1].set(bad)
+    score = mixture().log_score(process)
+    calls = {
+        "conditional_score: x ": lambda x: gbm.conditional_score(process, x, 0.5, good),
+        "conditional_score: x0 ": lambda x: gbm.conditional_score(process, good, 0.5, x),
+        "transition_log_density: x0 ": lambda x: gbm.transition_log_density(process, good, 0.5, x),
+        "reverse_drift: x ": lambda x: gbm.reverse_drift(process, score, x, 0.5),
+    }
+    for name, call in calls.items():
+        with pytest.raises(ValueError, match=rf"{name}holds 1 of 2 .*shift\(1.0\)"):
+            call(x)
+        jax.jit(call)(x)  # not known there
+        assert bool(jnp.isfinite(jax.jit(call)(good)).all())
+
+
+@pytest.mark.parametrize("function", [gbm.conditional_score, gbm.transition_log_density])
+def test_at_time_zero_there_is_no_density(function):
+    process, x = gbm.GeometricBrownianMotion(), jnp.ones((2, 1))
+    for t, least in ((0.0, "0"), (jnp.array([0.5, 0.0]), "0"), (-0.5, "-0.5"), (jnp.asarray(np.nan), "nan")):
+        with pytest.raises(ValueError, match=rf"{function.__name__}: t is {least}, expected positive times: at t = 0 "):
+            function(process, x, t, x)
+    with pytest.raises(ValueError, match="expected positive times"):
+        jax.jit(lambda x: function(process, x, 0.0, x))(x)
+    assert bool(jnp.isfinite(function(process, x, jnp.array([0.5, 1e-3]), x)).all())
+
+
+@pytest.mark.parametrize("sigma", [60.0, 1e15])
+def test_noise_that_overflows_is_an_error(sigma, key):
+    """Of numbers with deviation 60 one in seven is beyond ±87, where exp is infinite, or zero."""
+    process, x0 = gbm.GeometricBrownianMotion(sigma=sigma), jnp.ones((100, 1))
+    with pytest.raises(
+        FloatingPointError, match=r"perturb: x_t holds \d+ of 100 .* float32 ends at 87; expected a smaller"
+    ):
+        gbm.perturb(key, process, x0, 1.0)
+    jax.jit(lambda x0: gbm.perturb(key, process, x0, 1.0))(x0)  # not known there
+    x, _ = gbm.perturb(key, process, x0, 0.0)
+    np.testing.assert_array_equal(x, x0)
+
+
 def posterior(process, y, t):
     """Weights (batch, k), means and variances (batch, k, 2) of y_0 given y_t = y under `mixture`."""
     a, shift, v = (float(f(t)) for f in (process.scale, process.shift, process.variance))

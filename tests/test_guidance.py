@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from generative import guidance
+from generative import guidance, losses, nets
 from generative.gbm_diffusion import GeometricOrnsteinUhlenbeck, geometric
 
 PROCESSES = {"geometric": geometric(0.2, 30.0), "OU": GeometricOrnsteinUhlenbeck(9.0)}
@@ -56,6 +56,22 @@ def test_guidance_by_class_is_one_call_of_both_halves(key):
     np.testing.assert_allclose(guidance.of_class(model, 1)(y, t), 3 * jnp.sin(y), rtol=1e-6)
     np.testing.assert_allclose(guidance.of_class(model, 1, 0.0)(y, t), jnp.sin(y), rtol=1e-6)
     assert [len(labels) for labels in seen] == [6, 3, 6]
+
+
+def test_a_label_that_is_no_class_is_refused(key):
+    process = PROCESSES["OU"]
+    network = nets.MLP((2,), classes=3, key=key)
+    model = losses.parametrised(network, process, jnp.exp(jax.random.normal(key, (5, 2))))
+    y, t = jax.random.normal(key, (2, 2)), jnp.asarray(0.5)
+    for label, span in ((3, "3 .. 3"), (jnp.array([0, 7]), "0 .. 7"), (np.array([-2, 1]), "-2 .. 1")):
+        with pytest.raises(ValueError, match=rf"of_class: label lies in {span}; expected 0 .. classes - 1 = 2, or -1"):
+            guidance.of_class(model, label, 2.0)
+    for label in (2, nets.NO_CLASS, jnp.array([nets.NO_CLASS, 0])):
+        assert bool(jnp.isfinite(guidance.of_class(model, label, 2.0)(y, t)).all())
+    # How many classes another function has is not known, but that there are no negative ones is.
+    guidance.of_class(lambda y, t, label: y, 7)
+    with pytest.raises(ValueError, match=r"of_class: label lies in -3 .. -3; expected 0 or more, or -1 for no class"):
+        guidance.of_class(lambda y, t, label: y, -3)
 
 
 # ---- filling in -------------------------------------------------------------------------------------------------------------

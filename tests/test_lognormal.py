@@ -126,6 +126,7 @@ def test_a_score_is_compiled_once():
         (lambda: LogNormal(jnp.zeros(2), jnp.zeros(2)), "LogNormal: variance has the smallest entry 0"),
         (lambda: fitted_prior(GeometricBrownianMotion(), jnp.ones((2, 3)), "row"), "per is 'row', expected 'pixel'"),
         (lambda: fitted_prior(GeometricBrownianMotion(), jnp.zeros((2, 3))), "fitted_prior: x0"),
+        (lambda: LogNormalMixture(W, M, C).hyvarinen(jnp.zeros((1, 3))), "LogNormalMixture.hyvarinen: x holds 3 of 3"),
     ],
 )
 def test_errors_say_what_is_wrong(make, message):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from generative import losses
+from generative import losses, nets
 from generative.gbm_diffusion import GeometricBrownianMotion, GeometricOrnsteinUhlenbeck, geometric
 
 PROCESSES = {
@@ -278,6 +278,22 @@ def test_labels_reach_the_model(key):
 
     losses.denoising(key, score, PROCESSES["OU"], x0, label=labels)
     np.testing.assert_array_equal(seen[0], labels)
+
+
+def test_labels_that_are_no_class_are_refused(key):
+    process, x0, labels = PROCESSES["OU"], jnp.ones((3, 2)), jnp.array([0, 3, -1])
+    for classes, found in ((4, True), (3, False)):
+        trained = model(process, nets.MLP((2,), width=4, depth=1, classes=classes, key=key))
+        # Where labels are not known nothing can be raised, but the loss does not pass for one.
+        assert bool(jnp.isfinite(jax.jit(lambda label, m=trained: loss_of(key, m, x0, label))(labels))) == found
+    with pytest.raises(ValueError, match=r"denoising: label lies in -1 .. 3; expected 0 .. classes - 1 = 2, or -1"):
+        loss_of(key, trained, x0, labels)
+    with pytest.raises(ValueError, match=r"denoising: label lies in -2 .. 0; expected 0 or more, or -1 for no class"):
+        losses.denoising(key, lambda y, t, label: -y, process, x0, label=jnp.array([0, -2, 0]))
+
+
+def loss_of(key, model, x0, label):
+    return losses.denoising(key, model, model.process, x0, label=label)
 
 
 def test_some_labels_are_left_out(key):

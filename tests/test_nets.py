@@ -70,6 +70,35 @@ def test_every_weight_does_something(name, key):
         assert float(jnp.abs(slope).max()) > 1e-6, jax.tree_util.keystr(path)
 
 
+@pytest.mark.parametrize("name", sorted(MAKERS))
+@pytest.mark.parametrize("bad", [-2, 4, 5])
+def test_a_label_that_is_no_class_is_refused_or_nan(name, bad, key):
+    make, shape = MAKERS[name]
+    network = shaken(make(key, classes=4), jax.random.fold_in(key, 1))
+    u, level = jax.random.normal(key, (3, *shape)), jnp.linspace(-1, 1, 3)
+    with pytest.raises(
+        ValueError, match=r"network: label lies in .*; expected 0 .. classes - 1 = 3, or -1 for no class"
+    ):
+        network(u, level, jnp.array([0, bad, nets.NO_CLASS]))
+    traced = eqx.filter_jit(network)
+    out, good = (traced(u, level, jnp.array([0, middle, nets.NO_CLASS])) for middle in (bad, 3))
+    assert bool(jnp.isnan(out[1]).all()) and bool(jnp.isfinite(good).all())
+    np.testing.assert_array_equal(out[::2], good[::2])
+
+
+def test_unsigned_labels_are_labels(key, no_shape_checks):
+    """Images of digits come with labels of a byte, which know no -1."""
+    network = shaken(small_mlp(key, classes=4), key)
+    u, level, label = jax.random.normal(key, (3, 3, 2)), jnp.zeros(3), np.array([0, 3, 2])
+    out = network(u, level, jnp.asarray(label))
+    for dtype in (np.uint8, np.uint32):
+        np.testing.assert_array_equal(network(u, level, label.astype(dtype)), out)
+    with pytest.raises(ValueError, match=r"label lies in 0 .. 255; expected"):
+        network(u, level, np.array([0, 255, 2], np.uint8))
+    with pytest.raises(ValueError, match=r"label is of dtype float32; expected integers"):
+        network(u, level, label.astype(np.float32))
+
+
 @pytest.mark.parametrize("size", [1, 3, 5])
 def test_convolution_by_loops(size, key):
     x = np.asarray(jax.random.normal(key, (2, 4, 6, 3)))

@@ -66,6 +66,20 @@ def test_positive_numbers_and_traced_ones_pass():
     jax.jit(lambda x: positive.check_positive("x", x))(-jnp.ones(3))
 
 
+@pytest.mark.parametrize("transform", [jax.jit, jax.vmap, jax.grad])
+def test_numbers_that_a_traced_function_closes_over_are_known(transform):
+    good, bad = jnp.ones(3), jnp.array([1.0, 0.0, -1.0])
+
+    def checked(x, given):
+        positive.check_positive("x", given)
+        return x * given.sum()
+
+    at = jnp.ones(2) if transform is jax.vmap else jnp.asarray(1.0)
+    transform(lambda x: checked(x, good))(at)
+    with pytest.raises(ValueError, match=r"x holds 2 of 3 entries"):
+        transform(lambda x: checked(x, bad))(at)
+
+
 def test_maps_refuse_data_that_they_do_not_make_positive():
     with pytest.raises(ValueError, match=r"Shift.to_positive: u \+ by holds 1 of 2"):
         positive.shift(1.0).to_positive(jnp.array([0.0, -1.0]))
