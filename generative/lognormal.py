@@ -178,5 +178,8 @@ def _log_normal(x: Array, variance: Array) -> Array:
 
 
 def _check_variances(name: str, variances: Array) -> None:
-    if not isinstance(variances, jax.core.Tracer) and not bool((variances > 0).all()):
-        raise ValueError(f"{name} has the smallest entry {float(variances.min()):g}, expected positive numbers")
+    if isinstance(variances, jax.core.Tracer):
+        return
+    known = np.asarray(variances)
+    if not (known > 0).all():
+        raise ValueError(f"{name} has the smallest entry {known.min():g}, expected positive numbers")

@@ -131,15 +131,14 @@ def dequantise(
 
     Raises ValueError for integers outside that range.
     """
+    if not isinstance(pixels, jax.core.Tracer) and pixels.size:
+        with jax.ensure_compile_time_eval():
+            ends = int(pixels.min()), int(pixels.max())
+        if not 0 <= ends[0] <= ends[1] < levels:
+            raise ValueError(
+                f"dequantise: pixels lie in {ends[0]} .. {ends[1]}; expected 0 .. levels - 1 = {levels - 1}"
+            )
     pixels = jnp.asarray(pixels)
-    if (
-        not isinstance(pixels, jax.core.Tracer)
-        and pixels.size
-        and not 0 <= int(pixels.min()) <= int(pixels.max()) < levels
-    ):
-        raise ValueError(
-            f"dequantise: pixels lie in {int(pixels.min())} .. {int(pixels.max())}; expected 0 .. levels - 1 = {levels - 1}"
-        )
     u = (pixels + jax.random.uniform(key, pixels.shape)) / levels
     # Rounding may give 1, which would be the next level.
     return jnp.minimum(u, jnp.nextafter(jnp.ones((), u.dtype), jnp.zeros((), u.dtype)))

@@ -252,11 +252,10 @@ def _check_times(times: Array) -> None:
 def _check_start(owner: str, x_T: Array) -> None:
     if isinstance(x_T, jax.core.Tracer):
         return
-    bad = ~(jnp.isfinite(x_T) & (x_T != 0))
-    if bool(bad.any()):
-        raise ValueError(
-            f"{owner}: x_T holds {int(bad.sum())} entries that are zero or not finite, expected numbers x_T ≠ 0"
-        )
+    with jax.ensure_compile_time_eval():  # inside jit an array that is known would be traced by what is done with it
+        bad = int((~(jnp.isfinite(x_T) & (x_T != 0))).sum())
+    if bad:
+        raise ValueError(f"{owner}: x_T holds {bad} entries that are zero or not finite, expected numbers x_T ≠ 0")
 
 
 def _check_loop(owner: str, loop: str) -> None:

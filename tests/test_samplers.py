@@ -424,3 +424,15 @@ def test_errors_of_the_released_recipe(recipe, message, key):
     with pytest.raises(ValueError) as error:
         paper_annealed(key, lambda y, t: -y, gbm.GeometricBrownianMotion(), jnp.ones((2, 1)), recipe)
     assert message in str(error.value)
+
+
+def test_a_start_that_a_compiled_function_closes_over(key):
+    """It is known, so it is checked; what is done to check it must not be traced."""
+    start, zeros = jnp.full((3, 1), 2.0), jnp.zeros((3, 1))
+    target = LogNormalMixture(jnp.ones(1), jnp.zeros((1, 1)), jnp.ones((1, 1)))
+    process = gbm.GeometricBrownianMotion()
+    score, times = target.log_score(process), gbm.sinh_times(process, 3)
+    x = jax.jit(lambda key: sample(key, score, process, start, times)[0])(key)
+    assert x.shape == (3, 1) and bool(jnp.isfinite(x).all())
+    with pytest.raises(ValueError, match="x_T holds 3 entries"):
+        jax.jit(lambda key: sample(key, score, process, zeros, times)[0])(key)
