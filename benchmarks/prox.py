@@ -123,7 +123,7 @@ def measure(name: str, given: argparse.Namespace, console: Any) -> dict[str, Any
     y = clean + 0.1 * jax.random.normal(jax.random.key(1), clean.shape)
     flat = lambda x: x.reshape(net.shape)  # noqa: E731
     denoise = jax.jit(jax.vmap(lambda x: net(flat(x)).reshape(sides)))
-    regularizer = proximal.regularizer(net, tolerance=TOLERANCE, max_steps=2000)
+    regularizer = proximal.regularizer(net, tolerance=TOLERANCE, max_steps=2000, box=None)
     evaluate = eqx.filter_jit(lambda x: jax.vmap(lambda x: regularizer.evaluate(flat(x)))(x))
     theirs, their_prior = competitor(net)
     x = denoise(y)  # in the range of the network

@@ -126,23 +126,48 @@ class FunctionOperator(LinearOperator):
 
 
 def from_functions(
-    apply: Callable[[Array], Array], adjoint: Callable[[Array], Array] | None, shape_in: Sequence[int]
+    apply: Callable[[Array], Array],
+    adjoint: Callable[[Array], Array] | None,
+    shape_in: Sequence[int],
+    *,
+    check: bool = True,
 ) -> FunctionOperator:
     """The operator of two functions, x -> Ax and y -> Aᵀy; adjoint None: the transpose of the first, by JAX.
 
-    Whether they are adjoint is not looked at: use `check_adjoint`.  Raises ValueError for shapes that do not fit.
+    check  try by `check_adjoint`, on four pairs of arrays, whether they are adjoint, to the precision of what they return.  Not
+           under a transformation.  False for functions that are slow or round more than their dtype does, or do not go through
+           jax.vmap
+
+    Raises ValueError for shapes and dtypes that do not fit, and for functions that are not adjoint.
     """
     sides = positive_sides("from_functions", shape_in)
     real = jnp.result_type(float)
     image = jax.eval_shape(lambda x: apply(x), jax.ShapeDtypeStruct(sides, real))
     if not hasattr(image, "shape"):
         raise ValueError(f"from_functions: apply returns {type(image).__name__}, expected an array")
-    if adjoint is not None:
-        back = jax.eval_shape(lambda y: adjoint(y), jax.ShapeDtypeStruct(image.shape, real))
-        if getattr(back, "shape", None) != sides:
-            found = getattr(back, "shape", type(back).__name__)
-            raise ValueError(f"from_functions: adjoint maps {image.shape} to {found}, expected {sides}")
-    return FunctionOperator(sides, image.shape, _as_tree(apply), None if adjoint is None else _as_tree(adjoint))
+    if adjoint is None:
+        return FunctionOperator(sides, image.shape, _as_tree(apply), None)
+    back = jax.eval_shape(lambda y: adjoint(y), jax.ShapeDtypeStruct(image.shape, real))
+    if getattr(back, "shape", None) != sides:
+        found = getattr(back, "shape", type(back).__name__)
+        raise ValueError(f"from_functions: adjoint maps {image.shape} to {found}, expected {sides}")
+    made = FunctionOperator(sides, image.shape, _as_tree(apply), _as_tree(adjoint))
+    if check:
+        _check_pair(made, (image.dtype, back.dtype))
+    return made
+
+
+def _check_pair(A: FunctionOperator, dtypes: Sequence[Any]) -> None:
+    """`check_adjoint` with the precision of the coarsest of what the functions take and return, where there are numbers."""
+    for dtype in dtypes:
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(f"from_functions: apply or adjoint returns {dtype}, expected real numbers")
+    real = jnp.result_type(float)
+    if isinstance(jnp.zeros(()), jax.core.Tracer):  # all arrays are traced within jit: spare it the products
+        return
+    mismatch = dot_test(A, jax.random.key(0), dtype=real)
+    if not isinstance(mismatch, jax.core.Tracer):  # as it is where the functions close over a traced array
+        _refuse(mismatch, 1000 * max(float(jnp.finfo(d).eps) for d in (*dtypes, real)))
 
 
 def _as_tree(f: Callable[[Array], Array]) -> Callable[[Array], Array]:
@@ -191,7 +216,8 @@ def dot_test(
         image, back = A(x), A.T(y)
         return dot(image, y) - dot(x, back), dot(image, image) + dot(back, back)
 
-    difference, size = jax.vmap(pair)(jax.random.split(key, probes))
+    with jax.default_matmul_precision("highest"):  # GPUs else round factors to ten bits, which is no fault of the pair
+        difference, size = jax.vmap(pair)(jax.random.split(key, probes))
     return jnp.sqrt(2 * jnp.mean(difference**2) / jnp.maximum(jnp.mean(size), jnp.finfo(real).tiny))
 
 
@@ -204,10 +230,13 @@ def check_adjoint(
     """
     real = jnp.result_type(float) if dtype is None else jnp.dtype(dtype)
     allowed = 1000 * float(jnp.finfo(real).eps) if tolerance is None else tolerance
-    mismatch = float(dot_test(A, key, dtype=real))
-    if not mismatch <= allowed:
+    _refuse(dot_test(A, key, dtype=real), allowed)
+
+
+def _refuse(mismatch: Array, allowed: float) -> None:
+    if not float(mismatch) <= allowed:
         raise ValueError(
-            f"A: A.T is not the adjoint of A, ⟨Ax, y⟩ and ⟨x, Aᵀy⟩ differ by {mismatch:.2g} of their size (allowed: "
+            f"A: A.T is not the adjoint of A, ⟨Ax, y⟩ and ⟨x, Aᵀy⟩ differ by {float(mismatch):.2g} of their size (allowed: "
             f"{allowed:.2g}); correct one of them, or give adjoint=None to `from_functions`"
         )
 
@@ -260,7 +289,8 @@ def _ritz(A: LinearOperator, start: Array, steps: int) -> Array:
 
     def step(carry: tuple[Array, Array, Array], _: None) -> tuple[tuple[Array, Array, Array], tuple[Array, Array]]:
         before, v, beta = carry
-        w = A.T(A(v))
+        with jax.default_matmul_precision("highest"):  # the upper bound allows for the rounding of the dtype, not of GPUs
+            w = A.T(A(v))
         alpha = dot(v, w)
         w = w - alpha * v - beta * before
         left = euclidean(w)

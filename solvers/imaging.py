@@ -303,13 +303,14 @@ class LeastSquares(eqx.Module):
         if isinstance(step, float | int) and not step > 0:
             raise ValueError(f"step: is {step}, expected a positive number")
         rho = jnp.asarray(1 / (self.weight * step), v.dtype)
-        right = self.A.T(self.b) + rho * v
-        x = self.A.regularized_inverse(right, rho)
-        if x is not None:
-            return x, None
-        return conjugate_direction.conjugate_gradient(
-            _Shifted(self.A, rho), right, x0=v, rtol=self.tolerance, max_steps=self.max_steps
-        )
+        with jax.default_matmul_precision("highest"):  # GPUs else round factors to ten bits, far from the tolerance
+            right = self.A.T(self.b) + rho * v
+            x = self.A.regularized_inverse(right, rho)
+            if x is not None:
+                return x, None
+            return conjugate_direction.conjugate_gradient(
+                _Shifted(self.A, rho), right, x0=v, rtol=self.tolerance, max_steps=self.max_steps
+            )
 
     @property
     def lipschitz(self) -> float | Float[Array, ""] | None:

@@ -114,7 +114,8 @@ def admm(
     tolerance  of the relative change of z, at which it stops
 
     Pure and jit-able; jax.vmap for many signals.  Derivatives with respect to all arrays in `data`, `prior`, rho and lam are
-    those of the fixed point, by implicit differentiation, and NaN if the run did not converge; x0 has none.
+    those of the fixed point, by implicit differentiation, and NaN if the run did not converge; x0 has none.  A run whose
+    numbers are not finite any more ends with `Status.NOT_FINITE`, and x is NaN.
     Raises ValueError for rho ≤ 0, lam ≤ 0, and lam ≠ 1 with a prior that has only one map.
     """
     _check_positive("admm", rho=rho, lam=lam, tolerance=tolerance)
@@ -127,7 +128,7 @@ def admm(
         return denoise(u + x), u
 
     (z, u), info = _run(step, (x0, jnp.zeros_like(x0)), lambda s: s[0], tolerance, max_steps)
-    return data.prox(z - u, 1 / rho), info(certificate("admm", data, prior, step=rho, lam=lam))
+    return _last(data, z - u, 1 / rho), info(certificate("admm", data, prior, step=rho, lam=lam))
 
 
 def drs(
@@ -149,7 +150,7 @@ def drs(
         return s + denoise(2 * p - s) - p
 
     s, info = _run(step, x0, lambda s: s, tolerance, max_steps)
-    return data.prox(s, 1 / rho), info(certificate("drs", data, prior, step=rho, lam=lam))
+    return _last(data, s, 1 / rho), info(certificate("drs", data, prior, step=rho, lam=lam))
 
 
 def pgd(
@@ -287,6 +288,14 @@ def _proximal_map(caller: str, prior: Any, lam: Any) -> Callable[[Array], Array]
     return prior  # type: ignore[no-any-return]
 
 
+def _last(data: DataTerm, v: Array, step: Any) -> Array:
+    """The proximal map of the data term at the end of a run, NaN after one that is not finite.  A solver inside of the term may
+    refuse such a v outside of jit, where the status is to tell."""
+    if not isinstance(v, jax.core.Tracer) and not bool(jnp.isfinite(v).all()):
+        return jnp.full_like(v, jnp.nan)
+    return data.prox(v, step)
+
+
 class _Carry(NamedTuple):
     state: Any
     k: Array
@@ -321,7 +330,9 @@ def _run(
             change = jnp.linalg.norm((seen(new) - seen(carry.state)).reshape(-1))
             change = change / jnp.maximum(jnp.maximum(size, first), jnp.finfo(z.dtype).tiny)
             status = jnp.where(change <= tolerance, Status.CONVERGED, -1)
-            status = jnp.where(jnp.isfinite(change) & jnp.isfinite(size), status, Status.NOT_FINITE).astype(jnp.int32)
+            # All of the state: a multiplier can overflow behind a denoiser that is bounded.
+            fine = jnp.stack([jnp.isfinite(part).all() for part in jax.tree.leaves((change, size, new))]).all()
+            status = jnp.where(fine, status, Status.NOT_FINITE).astype(jnp.int32)
             return _Carry(new, carry.k + 1, carry.changes.at[carry.k].set(change), status, first)
 
         begin = _Carry(start, jnp.int32(0), changes, jnp.int32(-1), jnp.zeros((), z.dtype))
@@ -330,10 +341,12 @@ def _run(
         # As real numbers, since `custom_root` has no tangents for others.
         return end.state, (end.k.astype(z.dtype), end.changes, status.astype(z.dtype))
 
-    state, (steps, changes, ended) = lax.custom_root(moved, start, iterate, _solve_linear, has_aux=True)
+    # GPUs else round the factors of products to ten bits, and no run comes to a tolerance below a thousandth.
+    with jax.default_matmul_precision("highest"):
+        state, (steps, changes, ended) = lax.custom_root(moved, start, iterate, _solve_linear, has_aux=True)
     k, status = lax.stop_gradient(steps).astype(jnp.int32), lax.stop_gradient(ended).astype(jnp.int32)
     changes, converged = lax.stop_gradient(changes), status == Status.CONVERGED
-    state = jax.tree.map(lambda s: _gated(s, converged), state)
+    state = jax.tree.map(lambda s: _gated(s, converged, status == Status.NOT_FINITE), state)
     return state, lambda known: Info(k, status, changes, converged, known)
 
 
@@ -351,12 +364,12 @@ def _solve_linear(matvec: Callable[[Any], Any], y: Any) -> Any:
 
 
 @jax.custom_jvp
-def _gated(x: Array, converged: Array) -> Array:
-    """x, whose derivative is NaN unless the run converged: it is that of a fixed point."""
-    return x
+def _gated(x: Array, converged: Array, lost: Array) -> Array:
+    """x, NaN in all entries if one was lost, whose derivative is NaN unless the run converged: it is that of a fixed point."""
+    return jnp.where(lost, jnp.nan, x)
 
 
 @_gated.defjvp
-def _gated_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Any]) -> tuple[Array, Array]:
-    x, converged = primals
-    return x, jnp.where(converged, 1, jnp.nan).astype(x.dtype) * tangents[0]
+def _gated_jvp(primals: tuple[Array, Array, Array], tangents: tuple[Array, Any, Any]) -> tuple[Array, Array]:
+    x, converged, lost = primals
+    return _gated(x, converged, lost), jnp.where(converged, 1, jnp.nan).astype(x.dtype) * tangents[0]

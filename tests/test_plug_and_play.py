@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from solvers import plug_and_play, proximal
+from solvers import imaging, plug_and_play, proximal
 from solvers.plug_and_play import Status
 from solvers.proximal.functional import Regularizer
 
@@ -166,6 +166,41 @@ def test_divergence_is_reported(x64):
     _, info = plug_and_play.pgd(one(1.0), lambda v: 3 * v, jnp.ones(1), eta=0.1, max_steps=5000)
     assert int(info.status) == Status.NOT_FINITE and not info.converged
     assert int(info.steps) < 5000 and np.isfinite(np.asarray(info.changes)[: int(info.steps) - 1]).all()
+
+
+@pytest.mark.parametrize("method", ["admm", "drs"])
+def test_divergence_is_reported_with_conjugate_gradients_inside(method, key):
+    """Which refuse a right-hand side that is not finite, outside of jit."""
+    sensing = imaging.compressed_sensing(key, (4, 4), 6)
+    data, run = imaging.LeastSquares(sensing, jnp.ones(6)), getattr(plug_and_play, method)
+
+    def one(data):
+        return run(data, lambda v: -3 * v, jnp.ones((4, 4)), rho=0.5, max_steps=500)
+
+    missing = imaging.LeastSquares(sensing, jnp.ones(6).at[2].set(jnp.nan))
+    for given, call in ((data, one), (data, eqx.filter_jit(one)), (missing, one)):
+        x, info = call(given)
+        assert int(info.status) == Status.NOT_FINITE and not info.converged
+        assert x.shape == (4, 4) and jnp.isnan(x).all()
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_a_multiplier_that_overflows_is_reported(jit):
+    """Behind a denoiser that is bounded, and so goes on."""
+
+    def run(b):
+        data = Quadratic(jnp.eye(1), b)
+        return plug_and_play.admm(data, lambda v: 1e-3 * jnp.tanh(v), jnp.zeros(1), rho=1e-3, max_steps=40)
+
+    x, info = (jax.jit(run) if jit else run)(jnp.full(1, 3e38))
+    assert int(info.status) == Status.NOT_FINITE and jnp.isnan(x).all()
+
+
+def test_the_derivative_of_a_run_that_is_not_finite_is_nan(x64):
+    def value(b):
+        return plug_and_play.drs(one()._replace(b=b), lambda v: -5 * v, START, rho=0.3, max_steps=5000)[0].sum()
+
+    assert jnp.isnan(jax.grad(value)(jnp.ones(1))).all()
 
 
 def test_histories(x64, key):

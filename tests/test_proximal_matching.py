@@ -1,5 +1,6 @@
 """Losses, schedules and the training loop of proximal networks, and the files of trained ones."""
 
+import dataclasses
 import io
 import json
 import math
@@ -358,6 +359,36 @@ def test_a_prior_is_the_yardstick(key):
         np.testing.assert_allclose(target(jnp.zeros((2, 1))), offset)
     with pytest.raises(ValueError, match="expected squared, absolute or matching"):
         pm.minimiser(prior, lambda network, y, x: y, 0.5)
+    with pytest.raises(ValueError, match="expected squared, absolute or matching"):
+        pm.minimiser(prior, Weighted(jnp.ones(2)), 0.5)
+
+
+class Weighted(eqx.Module):
+    """A loss with arrays, which has no hash."""
+
+    weights: jax.Array
+
+    def __call__(self, network, y, x):
+        return jnp.mean(self.weights * (jax.vmap(network)(y) - x) ** 2)
+
+
+def test_a_loss_without_a_yardstick_is_refused_before_the_training(key, no_shape_checks):
+    prior = SimpleNamespace(
+        mean=lambda y, sigma: y, median=lambda y, sigma: y, matched=lambda y, sigma, gamma: pytest.fail("not asked yet")
+    )
+    steps, unknown = [], pm.Stage(Weighted(jnp.ones(1)), 3, 1e-3)
+    given = {"sigma": 1.0, "batch": 2, "callback": lambda step, loss, network: steps.append(step)}
+
+    def run(schedule, prior):
+        return training.train(key, line(), jnp.ones((12, 1)), schedule, prior=prior, **given)[1]
+
+    with pytest.raises(ValueError, match=r"train: the last stage has the loss Weighted.*; or give no prior"):
+        run([pm.Stage(pm.squared, 3, 1e-3), unknown], prior)
+    with pytest.raises(ValueError, match="train: prior is of type SimpleNamespace, expected a distribution"):
+        run([pm.Stage(pm.squared, 3, 1e-3)], SimpleNamespace(mean=prior.mean))
+    assert not steps
+    assert run([unknown, pm.Stage(pm.squared, 3, 1e-3)], prior).distance is not None
+    assert run([unknown], None).distance is None and steps
 
 
 @pytest.mark.parametrize(
@@ -394,7 +425,7 @@ def test_training_names_bad_input(key, change, message):
     ],
 )
 def test_a_file_gives_back_the_network(key, tmp_path, make):
-    network, path = make(key), tmp_path / "n.npz"
+    network, path = dataclasses.replace(make(key), box=(0.0, 1.0)), tmp_path / "n.npz"
     weights.save(path, network, command="c", seed=3, range=[0, 1])
     again = weights.load(path)
     assert same(network, again)
@@ -402,6 +433,25 @@ def test_a_file_gives_back_the_network(key, tmp_path, make):
     assert weights.facts(str(path))["facts"] == {"command": "c", "seed": 3, "range": [0, 1]}
     y = jax.random.normal(key, network.shape)
     assert (network(y) == again(y)).all()
+
+
+def test_a_file_keeps_the_range_of_the_training_signals(key, tmp_path):
+    network, path = mlp(key, 2, hidden=3, layers=1), tmp_path / "n.npz"
+    weights.save(path, network)
+    assert weights.load(path).box is None and "range" not in weights.facts(path)["facts"]
+    weights.save(path, network, range=[-1, 2])
+    again = weights.load(path)
+    assert again.box == (-1.0, 2.0)
+    weights.save(path, again)  # without a word of it
+    assert weights.load(path).box == (-1.0, 2.0)
+    for wrong in ([0, 0], [0, 1, 2], "0 to 1", 3):
+        with pytest.raises(ValueError, match=r"save: range is .*, expected \[least, largest\]"):
+            weights.save(path, network, range=wrong)
+    header, arrays = array_files.read(path, "test", "proximal network")
+    leaves = [arrays[f"leaf_{i}"] for i in range(len(arrays))]
+    array_files.write(path, header | {"facts": {"range": [1, 0]}}, leaves)
+    with pytest.raises(ValueError, match=r"n\.npz has another range of signals than two numbers: \[1, 0\]"):
+        weights.load(path)
 
 
 def test_files_that_are_none_are_refused(key, tmp_path):

@@ -1,12 +1,16 @@
 """The prior of a network: against brute force in one dimension, its certificate, its derivatives, its refusals."""
 
+import dataclasses
+from functools import partial
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from solvers import proximal
+from paper_checks.harness.numerics import enable_x64
+from solvers import imaging, plug_and_play, proximal
 from solvers.proximal.network import constrained, jacobian
 
 
@@ -150,6 +154,84 @@ def test_without_64_bits(key):
     np.testing.assert_allclose(prior.grad(net(z)), z - net(z), atol=1e-3)
 
 
+def shipped(name: str, key: jax.Array) -> tuple[proximal.LearnedProximal, jax.Array]:
+    """A network that comes with the package, and signals of its range."""
+    net = proximal.load(name)
+    y = jax.random.uniform(key, (12, *net.shape), jnp.float32, *net.box)
+    return net, jnp.clip(jax.vmap(net)(y), *net.box)
+
+
+def small(key: jax.Array, n: int, **sizes: float) -> tuple[proximal.LearnedProximal, jax.Array]:
+    net = proximal.mlp(key, n, **sizes)
+    return net, jax.vmap(net)(jax.random.normal(key, (12, n), jnp.float32))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(partial(shipped, "laplace"), marks=pytest.mark.slow),
+        pytest.param(partial(shipped, "laplace_squared"), marks=pytest.mark.slow),
+        pytest.param(partial(shipped, "digits8x8"), marks=pytest.mark.slow),
+        pytest.param(partial(small, n=1, hidden=50, layers=4, beta=10.0, alpha=0.1), marks=pytest.mark.slow),
+        pytest.param(partial(small, n=4, hidden=10, layers=2, beta=5.0, alpha=0.2), marks=pytest.mark.slow),
+        partial(small, n=30, hidden=20, layers=1, beta=10.0, alpha=0.05),
+    ],
+)
+def test_the_bounds_hold_in_float32(key, make):
+    """Rounding included, by which R is off there by much more than the inversion makes it; and at most 200-fold too large."""
+    net, x = make(key=key)
+    rough = jax.jit(jax.vmap(proximal.regularizer(net, box=None).evaluate))(x)
+    with enable_x64(True):
+        exact = jax.jit(jax.vmap(proximal.regularizer(net, box=None).evaluate))(jnp.asarray(x, jnp.float64))
+        assert exact.converged.all() and exact.value.dtype == np.float64
+        value, known = np.asarray(exact.value), float((exact.error_bound + exact.rounding).max())
+    assert rough.value.dtype == np.float32 and rough.converged.all()
+    off = value - np.asarray(rough.value, np.float64)
+    assert known < 1e-2 * np.abs(off).max()
+    assert (off <= np.asarray(rough.error_bound) + known).all()
+    assert (-off <= np.asarray(rough.rounding) + known).all()
+    assert (np.asarray(rough.rounding) < np.asarray(rough.error_bound)).all()
+    assert float(rough.error_bound.max()) < 200 * np.abs(off).max()
+
+
+def test_rounding_in_float64_leaves_the_bound_as_it_is(x64, key):
+    net = space(key)
+    found = proximal.regularizer(net, max_steps=3).evaluate(net(jax.random.normal(key, (4,), jnp.float64)))
+    assert found.residual > 1e-9
+    np.testing.assert_allclose(found.error_bound, found.residual**2 / 0.4, rtol=1e-3)
+    assert 0 < found.rounding < 1e-12
+
+
+def test_what_a_network_was_trained_on_is_the_default_range():
+    net = proximal.load("laplace")
+    prior = proximal.regularizer(net)
+    assert net.box == prior.box == (-4.0, 4.0)
+    assert jnp.isfinite(prior(jnp.array([3.9])))
+    for ask in (prior, prior.grad):
+        with pytest.raises(ValueError, match=r"trained on signals from -4 to 4.*another box, None for any"):
+            ask(jnp.array([5.0]))
+        assert jnp.isnan(jax.jit(lambda x, ask=ask: ask(x))(jnp.array([5.0]))).all()
+    assert not prior.evaluate(jnp.array([5.0])).converged
+    free = proximal.regularizer(net, box=None)
+    assert free.box is None and jnp.isfinite(free(jnp.array([5.0])))
+    assert proximal.regularizer(net, box=(-6.0, 6.0)).box == (-6.0, 6.0)
+    assert proximal.regularizer(proximal.mlp(jax.random.key(0), 1)).box is None
+    assert proximal.projected(net).box == net.box
+
+
+def test_maps_take_signals_outside_of_the_range(x64, key):
+    """As a measurement is one, and what an iteration goes through."""
+    net = dataclasses.replace(space(key), box=(-0.01, 0.01))
+    prior, free = proximal.regularizer(net), proximal.regularizer(net, box=None)
+    v = jax.random.normal(key, (4,), jnp.float64)
+    for lam in (1.0, 0.25):
+        np.testing.assert_array_equal(prior.prox(v, lam), free.prox(v, lam))
+        assert prior.moreau_envelope(v, lam) == free.moreau_envelope(v, lam)
+    data = imaging.LeastSquares(imaging.inpainting(v > 0), v)
+    x, info = plug_and_play.admm(data, prior, v, rho=1.05, lam=0.25, max_steps=3)
+    assert jnp.isfinite(x).all() and jnp.abs(x).max() > 0.01 and info.certificate.holds
+
+
 def test_signals_outside_of_the_training_range_are_refused(x64, key):
     prior = proximal.regularizer(space(key), box=(0.0, 1.0))
     inside = jnp.full(4, 0.5)
@@ -175,6 +257,7 @@ def test_what_is_not_in_the_range_of_a_network_without_alpha_is_refused(x64, key
         (lambda net: proximal.regularizer(net).prox(jnp.zeros(4), 0.0), "lam: is 0, expected a positive step"),
         (lambda net: proximal.regularizer(net, tolerance=0.0), "tolerance: is 0.0"),
         (lambda net: proximal.regularizer(net, box=(1.0, 0.0)), "box: is"),
+        (lambda net: proximal.regularizer(net, box="any"), "box: is 'any', expected 'trained'"),
     ],
 )
 def test_bad_input_is_named(call, message, x64, key, no_shape_checks):

@@ -4,7 +4,7 @@ signals of one shape, to be trained by `solvers.proximal.training`; jax.vmap for
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import equinox as eqx
@@ -67,10 +67,10 @@ class GradientStepDenoiser(eqx.Module):
     If ∇g has a Lipschitz constant below one, ψ is convex and D the proximal map of a function φ (Hurault, Leclaire, Papadakis;
     ICML 2022), φ(D(y)) = g(y) - ‖∇g(y)‖²/2.  A trained network promises no such constant: `lipschitz` is None.
 
-    residual  N(x) - x
+    residual  x -> N(x) - x, of any architecture; `create` makes a plain one
     """
 
-    residual: Network
+    residual: Callable[[Array], Array]
 
     @staticmethod
     def create(
@@ -117,9 +117,12 @@ class GradientStepDenoiser(eqx.Module):
 
 
 class FreeDenoiser(eqx.Module):
-    """D(y) = y - N(y) with no constraint: in general the proximal map of no function.  The common choice of plug-and-play."""
+    """D(y) = y - N(y) with no constraint: in general the proximal map of no function.  The common choice of plug-and-play.
 
-    noise: Network
+    noise  x -> N(x), of any architecture; `create` makes a plain one
+    """
+
+    noise: Callable[[Array], Array]
 
     @staticmethod
     def create(

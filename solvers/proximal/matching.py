@@ -219,10 +219,10 @@ def minimiser(prior: Prior, loss: Loss, sigma: float) -> Callable[[Array], Array
     """What a loss is minimal for among all maps: the posterior mean, the median, or f_γ.  Raises ValueError for others."""
     if isinstance(loss, Matching):
         return lambda y: prior.matched(y, sigma, float(loss.gamma))
-    known = {squared: prior.mean, absolute: prior.median}
-    if loss not in known:
-        raise ValueError(f"minimiser: loss is {loss}, expected squared, absolute or matching(gamma)")
-    return lambda y: known[loss](y, sigma)  # type: ignore[index]
+    for known, estimator in ((squared, prior.mean), (absolute, prior.median)):
+        if loss is known:  # not by equality: a module with arrays has none
+            return lambda y, estimator=estimator: estimator(y, sigma)  # type: ignore[misc]
+    raise ValueError(f"minimiser: loss is {loss}, expected squared, absolute or matching(gamma)")
 
 
 def zero_fraction(network: Any) -> float | None:

@@ -11,6 +11,7 @@ map of a function R (Proposition 3.1, after Gribonval and Nikolova 2020) which `
     projected                    the network with negative weights set to zero, after a step of an optimiser
     jacobian, largest_slope      of f, at a point
     certified                    constants that hold everywhere, from the weights alone
+    rounding                     how far ψ, as it is computed, can be off
 
 α is the modulus of strong convexity.  The authors' code adds α ‖y‖², without the half: its 0.01 is our 0.02.
 """
@@ -92,6 +93,8 @@ class LearnedProximal(eqx.Module):
     beta, alpha  β and α
     kept         how W_k and w are kept from being negative: "projection" (`projected` after each step of an optimiser, as in
                  the paper), or "softplus" (what is stored is a number of any sign, whose softplus is the weight)
+    box          least and largest entry of the signals that it was trained on, outside of which its prior says nothing; None
+                 where that is not known, as of a network that was not loaded from a file that says so
     """
 
     layers: tuple[Layer, ...]
@@ -102,6 +105,7 @@ class LearnedProximal(eqx.Module):
     beta: float = eqx.field(static=True)
     alpha: float = eqx.field(static=True)
     kept: Kept = eqx.field(static=True, default="projection")
+    box: tuple[float, float] | None = eqx.field(static=True, default=None)
 
     def __call__(self, y: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         """f(y).  Raises ValueError for a signal of another shape."""
@@ -366,6 +370,43 @@ def certified(network: LearnedProximal) -> Certified:
     output = np.asarray(network.positive(network.output), float)
     free = 0.0 if network.output_skip is None else float(np.linalg.norm(np.asarray(network.output_skip, float)))
     return Certified(network.alpha + float(output @ second), float(output @ gradient) + free)
+
+
+def rounding(network: LearnedProximal, y: Float[Array, "*shape"]) -> Float[Array, ""]:
+    """How far rounding can move ψ(y) as it is computed, in units of eps of the dtype.
+
+    A sum of n products is off by at most n/2 eps times the sum of their sizes, and by about √n/2 where the roundings are
+    independent (Higham and Mary 2019); taken is √n.  The rest is first order: with t_k = W_k z_{k-1} + H_k y + b_k, n terms, the
+    error of z_k = g(t_k) is that of t_k times the slope of g, and no more than 4 eps z_k for exp, log1p and the factors β,
+
+        e_k = g'(t_k) (W_k e_{k-1} + √n (W_k z_{k-1} + |H_k| |y| + |b_k|)) + 4 z_k
+
+    Errors of the units of a layer are added with one sign, as if they were not independent: that makes the bound a safe one.
+    """
+    z, error = y, jnp.zeros_like(y)
+    for k, layer in enumerate(network.layers):
+        weight = layer.weight if k == 0 else network.positive(layer.weight)
+        terms = math.prod(weight.shape[1:])
+        total, size = layer.linear(weight, z), layer.linear(jnp.abs(weight), jnp.abs(z))
+        error = layer.linear(jnp.abs(weight), error)
+        if layer.skip is not None:
+            seen = _resized(y, layer.resized)
+            total, size = (
+                total + layer.linear(layer.skip, seen),
+                size + layer.linear(jnp.abs(layer.skip), jnp.abs(seen)),
+            )
+            terms += math.prod(layer.skip.shape[1:])
+        if layer.bias is not None:
+            bias = layer.bias.reshape(-1, *(1,) * (total.ndim - 1))
+            total, size, terms = total + bias, size + jnp.abs(bias), terms + 1
+        z = jax.nn.softplus(network.beta * total) / network.beta
+        error = jax.nn.sigmoid(network.beta * total) * (error + math.sqrt(terms) * size) + 4 * z
+    weight, units = network.positive(network.output), z.reshape(len(network.output), -1)
+    found = jnp.abs(weight) @ (error.reshape(units.shape) + math.sqrt(z.size) * units).mean(1)
+    found = found + math.sqrt(y.size) * network.alpha / 2 * jnp.sum(y**2)
+    if network.output_skip is not None:
+        found = found + math.sqrt(y.size) * jnp.abs(network.output_skip) @ jnp.abs(y.reshape(-1))
+    return found if network.constant is None else found + jnp.abs(network.constant)
 
 
 def _resizing_norm(shape: tuple[int, ...], sides: tuple[int, int] | None) -> float:

@@ -39,7 +39,7 @@ class TrainingInfo(NamedTuple):
     stopped   "steps", "callback" or "not finite" (a loss, a gradient or a new weight; the step is not counted)
     regimes   of each stage the `Regime`, None for stages without a γ and for data of unknown σ
     zeros     `zero_fraction` of the result
-    distance  to the exact minimiser of the last stage's loss, on 4096 fresh y; None without a prior
+    distance  to the exact minimiser of the last stage's loss, on 4096 fresh y; None without a prior or for an unknown σ
     """
 
     steps: int
@@ -85,7 +85,8 @@ def train(
     schedule    `Stage`s
     sigma       the noise added, new at every step; if draw gives pairs, the noise in them, or None where it is not known
     ema         the result has weights averaged over the steps with this decay, less in the first steps; None for the last ones
-    prior       the distribution that draw draws from, for `TrainingInfo.distance`
+    prior       the distribution that draw draws from, for `TrainingInfo.distance`; the loss of the last stage is then one whose
+                minimiser it knows: squared, absolute, matching
     chunk       steps between two looks of the host; one ends where a stage ends
     checkpoint  an npz file, written after every chunk.  If it exists the run continues from it, with the result of an
                 uninterrupted run.  It is refused if another run wrote it: another start, data, key, schedule, batch, σ, average,
@@ -99,6 +100,7 @@ def train(
     """
     schedule = tuple(schedule)
     _check(schedule, draw, sigma, batch, ema, chunk)
+    target = None if prior is None or sigma is None else _target(prior, schedule[-1].loss, sigma)
     rows = None if callable(draw) else jnp.asarray(draw)
     params, frame = eqx.partition(network, eqx.is_inexact_array)
     state = params, optax.scale_by_adam().init(params), None if ema is None else params
@@ -141,9 +143,8 @@ def train(
     )
     found = network_of(state)
     away = None
-    if prior is not None and sigma is not None:
-        fresh = _fresh(runs[-1], jax.random.fold_in(number, ends[-1]), 4096)
-        away = distance(found, minimiser(prior, schedule[-1].loss, sigma), fresh)
+    if target is not None:
+        away = distance(found, target, _fresh(runs[-1], jax.random.fold_in(number, ends[-1]), 4096))
     regimes = tuple(
         regime(float(stage.loss.gamma), sigma) if isinstance(stage.loss, Matching) and sigma is not None else None
         for stage in schedule
@@ -166,6 +167,21 @@ def _check(schedule: tuple[Stage, ...], draw: Any, sigma: Any, batch: int, ema: 
         raise ValueError(f"train: sigma is {sigma}, expected a positive number")
     if ema is not None and not 0 < ema < 1:
         raise ValueError(f"train: ema is {ema}, expected a decay between 0 and 1")
+
+
+def _target(prior: Any, loss: Loss, sigma: float) -> Callable[[Array], Array]:
+    """The exact minimiser that the result is measured by, before hours are spent for a result without it."""
+    if not isinstance(prior, Prior):
+        raise ValueError(
+            f"train: prior is of type {type(prior).__name__}, expected a distribution with mean, median and matched"
+        )
+    try:
+        return minimiser(prior, loss, sigma)
+    except ValueError as error:
+        raise ValueError(
+            f"train: the last stage has the loss {loss}, whose minimiser prior does not know, expected squared, absolute or "
+            "matching(gamma); or give no prior"
+        ) from error
 
 
 def _traced(loss: Loss) -> Any:
