@@ -1,14 +1,15 @@
 """From images to samples of a multiplicative diffusion, in one command: training, samplers, fidelity, bits per dimension.
 
-    PROOFSTONE_DATA=FOLDER python benchmarks/gbm_images.py [--data NAME] [--out FOLDER] [--models N] [--seeds N] [--full]
+    PROOFSTONE_DATA=FOLDER python benchmarks/gbm_images.py [--data NAME] [--out FOLDER] [--models N] [--seeds N]
+    PROOFSTONE_DATA=FOLDER python benchmarks/gbm_images.py --full [--steps STEPS] [--samples N] [--slow-seeds N]
     PROOFSTONE_DATA=FOLDER python benchmarks/gbm_images.py --data NAME --ship FOLDER
 
 NAME is mnist (the default), fashion_mnist, or digits8x8, which comes with the package.  The first form trains a classifier,
 whose features measure fidelity, and U-Nets of one size and budget (`image_models`), then compares samplers; it writes
 gbm_images_NAME.json, a figure, and grids of samples.  --models is how often each model is trained, --seeds how often each of
 them is sampled: the deviations in the table are over both.  Training leaves checkpoints in FOLDER/gbm_images_NAME, and a run
-that was interrupted goes on from them.  --full is the size for a GPU, with 1000 levels as in the paper.  The second form trains
-the first model and the classifier alone and writes them as the package ships them.
+that was interrupted goes on from them.  The second form is the size for a GPU: six million weights, 1000 levels as in the
+paper.  The third trains the first model and the classifier alone and writes them as the package ships them.
 
 Features, Frechet and kernel distances are of our own small classifier: they rank what is in this table and are not comparable
 with published ones.
@@ -260,7 +261,8 @@ def figure(rows: dict[str, dict[str, Any]], floor: dict[str, float]) -> Any:
     fig.axes[0].minorticks_off()
     fig.axes[1].set_ylabel("kernel distance")
     fig.axes[1].set_yscale("symlog", linthresh=0.1)
-    fig.axes[1].set_ylim(bottom=min(0, *(row["kernel"] for row in rows.values())))
+    # Room for the lowest marker.
+    fig.axes[1].set_ylim(bottom=min(0, *(row["kernel"] for row in rows.values())) - 0.01)
     fig.legend(*fig.axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=7)
     return fig
 
@@ -278,7 +280,14 @@ def show(console: Console, rows: dict[str, dict[str, Any]]) -> None:
 
 
 def run(
-    name: str, size: Size, out: Path, console: Console, seeds: int = 3, models: int = 1, kinds: tuple[str, ...] = KINDS
+    name: str,
+    size: Size,
+    out: Path,
+    console: Console,
+    seeds: int = 3,
+    models: int = 1,
+    slow_seeds: int = 1,
+    kinds: tuple[str, ...] = KINDS,
 ) -> dict[str, Any]:
     start = time.perf_counter()
     folder = out / f"gbm_images_{name}"
@@ -306,7 +315,7 @@ def run(
             conditioned(one, known, folder)
         for row in table(size, kind, recipe):
             label = f"{kind}: {row.name}"
-            for seed in range(1 if row.slow and size.levels < 1000 else seeds):
+            for seed in range(slow_seeds if row.slow else seeds):
                 facts, drawn = sampled(row, one, size, reference, 1000 * number + seed, recipe)
                 runs.setdefault(label, []).append(facts | {"model": number, "seed": seed})
                 if first and seed == 0:
@@ -330,13 +339,20 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="a size that shows that all runs, and no more")
     parser.add_argument("--models", type=int, default=1, help="trained of each kind")
     parser.add_argument("--seeds", type=int, default=3, help="of the samplers, for each model")
+    parser.add_argument("--slow-seeds", type=int, default=1, help="of those with hundreds of levels")
+    parser.add_argument("--steps", type=int, help="of the training, in place of the size's")
+    parser.add_argument("--rate", type=float, help="of the training, at its highest")
+    parser.add_argument("--samples", type=int, help="images for each seed")
+    parser.add_argument("--likelihood-images", type=int, help="images whose likelihood is taken")
     parser.add_argument("--ship", type=Path, metavar="FOLDER")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", metavar="FOLDER")
     given = parser.parse_args()
     size = SIZES["full" if given.full else "smoke" if given.smoke else "small"]
+    changed = {name: getattr(given, name) for name in ("steps", "rate", "samples", "likelihood_images")}
+    size = size._replace(**{name: value for name, value in changed.items() if value is not None})
     console = Console()
     if given.ship is None:
-        run(given.data, size, given.out, console, given.seeds, given.models)
+        run(given.data, size, given.out, console, given.seeds, given.models, given.slow_seeds)
     else:
         ship(given.data, size, given.ship, given.out / f"gbm_images_{given.data}", console)
 

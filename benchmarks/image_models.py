@@ -27,7 +27,7 @@ PAPER = GeometricBrownianMotion()
 
 
 class Size(NamedTuple):
-    """What a run costs.  `levels` are the steps of the paper's samplers; they are run once for a model in the small size."""
+    """What a run costs.  `levels` are the steps of the paper's samplers."""
 
     images: int
     network: dict[str, Any]
@@ -44,7 +44,7 @@ class Size(NamedTuple):
 SIZES = {
     "small": Size(30_000, {"widths": (32, 64), "patch": 2}, 1000, 64, 4e-3, 600, 200, 200, 32, 32),
     "full": Size(
-        60_000, {"widths": (64, 128, 256), "patch": 1, "blocks": 2}, 50_000, 256, 5e-4, 4000, 10_000, 1000, 256, 128
+        60_000, {"widths": (48, 96, 192), "patch": 1, "blocks": 2}, 50_000, 256, 5e-4, 4000, 10_000, 1000, 256, 128
     ),
     "smoke": Size(1000, {"widths": (8, 16), "patch": 2}, 60, 32, 3e-3, 60, 40, 20, 4, 8),
 }

@@ -4,6 +4,7 @@ A method prepares itself for a domain and gives back what solves A x = b for it,
 of the iteration.  Everything that a user would have to do before the first solve is preparation, compilation excepted.
 """
 
+import inspect
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -146,6 +147,8 @@ def cupy_cg(domain: poisson.Domain) -> Prepared:
     import cupyx.scipy.sparse
     import cupyx.scipy.sparse.linalg
 
+    cg = cupyx.scipy.sparse.linalg.cg
+    tolerance = "rtol" if "rtol" in inspect.signature(cg).parameters else "tol"  # renamed in version 14
     a = _laplacian(domain)
     on, host = adapters.Unknowns.of(a), adapters.to_csr(a)
     matrix = cupyx.scipy.sparse.csr_matrix(host)
@@ -153,7 +156,7 @@ def cupy_cg(domain: poisson.Domain) -> Prepared:
     def solve(b: np.ndarray, rtol: float) -> Solved:
         steps: list[int] = []
         rhs = cupy.asarray(on.gather(b))
-        x, _ = cupyx.scipy.sparse.linalg.cg(matrix, rhs, tol=rtol, maxiter=MOST, callback=lambda _: steps.append(1))
+        x, _ = cg(matrix, rhs, **{tolerance: rtol}, maxiter=MOST, callback=lambda _: steps.append(1))
         return Solved(on.scatter(cupy.asnumpy(x)), len(steps), np.zeros(0))
 
     return Prepared(solve, _csr_bytes(host))
