@@ -261,8 +261,8 @@ def figure(rows: dict[str, dict[str, Any]], floor: dict[str, float]) -> Any:
     fig.axes[0].minorticks_off()
     fig.axes[1].set_ylabel("kernel distance")
     fig.axes[1].set_yscale("symlog", linthresh=0.1)
-    # Room for the lowest marker.
-    fig.axes[1].set_ylim(bottom=min(0, *(row["kernel"] for row in rows.values())) - 0.01)
+    kernel = [row["kernel"] for row in rows.values()]
+    fig.axes[1].set_ylim(min(0, *kernel) - 0.015, 1.5 * max(0.1, *kernel))  # room for markers
     fig.legend(*fig.axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=7)
     return fig
 

@@ -276,8 +276,10 @@ def trained(
     networks = networks_of(name, size, first)
     draw, tests = images_of(name, size)
     shape = next(iter(tests.values())).shape[1:]
+    # Adam moves each weight by the rate, all of a unit upwards at first: twice this rate and 256 channels do not come back.
+    rate = min(1e-2, 0.25 / size.hidden)
     schedule = (
-        matching.our_images(shape, steps=size.steps, rate=2e-3)
+        matching.our_images(shape, steps=size.steps, rate=rate)
         if short
         else matching.paper_images(shape, steps=size.steps)
     )

@@ -30,6 +30,10 @@ def matrix(a):
     return np.asarray(columns, float).reshape(n, -1).T
 
 
+def product(matrix, x):
+    return jnp.matmul(matrix, x, precision="highest")  # on a GPU factors are else rounded to ten bits
+
+
 def operators(key, sides=(5, 6)):
     mask = jax.random.bernoulli(key, 0.5, sides)
     dense = jax.random.normal(key, (4, math.prod(sides)))
@@ -39,9 +43,9 @@ def operators(key, sides=(5, 6)):
         "inpainting": imaging.inpainting(mask),
         "sensing": imaging.compressed_sensing(key, sides, 7),
         "functions": imaging.from_functions(
-            lambda x: dense @ x.reshape(-1), lambda y: (dense.T @ y).reshape(sides), sides
+            lambda x: product(dense, x.reshape(-1)), lambda y: product(dense.T, y).reshape(sides), sides
         ),
-        "transposed": imaging.from_functions(lambda x: dense @ x.reshape(-1), None, sides),
+        "transposed": imaging.from_functions(lambda x: product(dense, x.reshape(-1)), None, sides),
         "lineax": imaging.from_lineax(lineax.MatrixLinearOperator(dense[:, :5])),
     }
 
