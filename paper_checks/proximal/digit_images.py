@@ -12,7 +12,7 @@ from generative import data
 from solvers.proximal import matching, training
 from solvers.proximal.denoisers import FreeDenoiser
 
-FIRST, COUNT = 1500, 40  # the images before the first were trained on
+FIRST, COUNT = 1500, 200  # the images before the first were trained on
 NOISE = 0.1
 
 

@@ -93,27 +93,43 @@ def laplace(ctx: Context) -> Outcome:
 
 # -- E2: images -------------------------------------------------------------------------------------------------------------
 
-AMOUNTS = {"noise": (0.0, 0.05, 0.1, 0.2, 0.3), "blur": (0.0, 0.75, 1.5), "mixing": (0.0, 0.5, 1.0)}
+AMOUNTS = {
+    "noise": (0.0, 0.05, 0.1, 0.2, 0.3),
+    "blur": (0.0, 0.5, 1.0, 2.0, 4.0),
+    "mixing": (0.0, 0.25, 0.5, 0.75, 1.0),
+}
+PAIRS = COUNT // 2
+
+
+def mixed(share: float) -> np.ndarray:
+    """(PAIRS, 1, 8, 8): each of the first half of the test digits with one of the other half."""
+    return ((1 - share) * test_images() + share * test_images()[::-1])[:PAIRS]
 
 
 @functools.lru_cache(maxsize=4)
 def digit_priors(seed: int) -> dict[str, np.ndarray]:
-    """R (amounts, COUNT) of test digits with noise and cut to [0, 1], blurred, and mixed with another."""
+    """R, a row for each amount, of all COUNT test digits with noise and cut to [0, 1], of PAIRS blurred, and of mixtures."""
+    evaluate = jax.jit(jax.vmap(regularizer(weights.load("digits8x8"), tolerance=1e-3).evaluate))
+
+    def values(images: np.ndarray) -> np.ndarray:
+        """In batches: all at once they would leave the caches, and wait for the slowest."""
+        batches = [evaluate(jnp.asarray(x, jnp.float32)) for x in np.split(images, len(images) // PAIRS)]
+        missed = sum(int((~found.converged).sum()) for found in batches)
+        if missed:
+            raise FloatingPointError(f"{missed} images were not inverted")
+        return np.concatenate([np.asarray(found.value, np.float64) for found in batches])
+
     clean = test_images()
-    noise = np.random.default_rng(seed).normal(size=clean.shape)
-    made = {
-        "noise": [np.clip(clean + s * noise, 0, 1) for s in AMOUNTS["noise"]],
-        "blur": [scipy.ndimage.gaussian_filter(clean, (0, 0, s, s)) for s in AMOUNTS["blur"]],
-        "mixing": [(1 - s) * clean + s * clean[::-1] for s in AMOUNTS["mixing"]],
+    noise, some = np.random.default_rng(seed).normal(size=clean.shape), clean[:PAIRS]
+    own = values(clean)
+    noisy = [values(np.clip(clean + s * noise, 0, 1)) for s in AMOUNTS["noise"][1:]]
+    blurred = [values(scipy.ndimage.gaussian_filter(some, (0, 0, s, s))) for s in AMOUNTS["blur"][1:]]
+    mixtures = [values(mixed(s)) for s in AMOUNTS["mixing"][1:-1]]
+    return {
+        "noise": np.stack([own, *noisy]),
+        "blur": np.stack([own[:PAIRS], *blurred]),
+        "mixing": np.stack([own[:PAIRS], *mixtures, own[::-1][:PAIRS]]),
     }
-    network = weights.load("digits8x8")
-    images = jnp.asarray(np.concatenate([x for xs in made.values() for x in xs]), jnp.float32)
-    found = jax.vmap(regularizer(network, tolerance=1e-3).evaluate)(images)
-    if not bool(found.converged.all()):
-        raise FloatingPointError(f"{int((~found.converged).sum())} images were not inverted")
-    rows = np.asarray(found.value, np.float64).reshape(-1, COUNT)
-    ends = np.cumsum([len(v) for v in AMOUNTS.values()])
-    return {kind: rows[end - len(v) : end] for (kind, v), end in zip(AMOUNTS.items(), ends, strict=True)}
 
 
 @claim(
@@ -125,37 +141,41 @@ def digit_priors(seed: int) -> dict[str, np.ndarray]:
     kind="trained",
     controls={
         "backwards": "from the noisiest image to the clean one",
+        "sharpened": "from the most blurred image to the clean one",
         "convex": "below the chord, as a convex prior would be",
         "norm": r"$\tfrac12\|x\|^2$ in place of $R_\theta$",
     },
-    regime="8 x 8 digits that were not trained on, noise 0 to 0.3 and cut to [0, 1], blur of 0, 0.75 and 1.5 pixels; each level "
-    "above the one before for 95 % of the images with noise, for the mean with blur; the chord for three "
-    "pairs of four and the mean",
+    regime="200 digits of 8 x 8 that were not trained on, with the five published amounts: noise 0 to 0.3 and cut to [0, 1]; "
+    "blur of 0 to 4 pixels, of 100 of them; shares 0 to 1 in 100 pairs.  Each level above the one before for 99 % of the images "
+    "with noise, for the mean and for 80 % with blur; above the chord at one half for 90 % of the pairs, and the mean at each",
     source="Figures of the MNIST experiment, released code.",
-    blind_spot="Not MNIST: with its images and a network of 16 channels the benchmark proximal_mnist finds the same.  Trained "
-    "once, with the paper's widths, at which it is a posterior mean that is learned.",
+    blind_spot="Not MNIST, where with a network of 16 channels the benchmark proximal_mnist finds 100 % of 100 images to rise "
+    "with noise, 81 % with blur, and 100 % above the chord.  Trained once, with the paper's widths, at which it is a posterior "
+    "mean that is learned.  Of 2900 images five did not rise with noise: one draw of it in about 200 would miss the 99 %.",
 )
 def digits(ctx: Context) -> Outcome:
-    back, sign = ctx.pick(1, backwards=-1), ctx.pick(1, convex=-1)
+    back, sharp = ctx.pick(1, backwards=-1), ctx.pick(1, sharpened=-1)
+    sign, shares = ctx.pick(1, convex=-1), np.array(AMOUNTS["mixing"])[1:-1, None]
     found = digit_priors(int(jax.random.bits(ctx.paper_key)) % 2**31)
     if ctx.pick(False, norm=True):
-        clean = test_images().reshape(COUNT, -1)
-        mixed = [(1 - s) * clean + s * clean[::-1] for s in AMOUNTS["mixing"]]
-        found = found | {"mixing": np.stack([(x**2).sum(1) / 2 for x in mixed])}
+        found = found | {"mixing": np.stack([(mixed(s) ** 2).sum((1, 2, 3)) / 2 for s in AMOUNTS["mixing"]])}
     rising = (np.diff(found["noise"][::back], axis=0) > 0).all(0).mean()
-    mixing = found["mixing"]
-    above = sign * (mixing[1] - (mixing[0] + mixing[2]) / 2)
+    blurred, mixing = np.diff(found["blur"][::sharp], axis=0), found["mixing"]
+    above = sign * (mixing[1:-1] - (1 - shares) * mixing[0] - shares * mixing[-1])
     slack = {
-        "noise, 95 % of the images": float(rising - 0.95),
-        "blur, the mean": float(np.diff(found["blur"].mean(1)).min()),
-        "chord, the mean": float(above.mean()),
-        "chord, three pairs of four": float((above > 0).mean() - 0.75),
+        "noise, 99 % of the images": float(rising - 0.99),
+        "blur, the mean": float(blurred.mean(1).min()),
+        "blur, 80 % of the images": float((blurred > 0).all(0).mean() - 0.8),
+        "chord, the mean": float(above.mean(1).min()),
+        "chord, 90 % of the pairs": float((above[1] > 0).mean() - 0.9),
     }
     least = min(float(v.min()) for v in found.values())
     means = found["noise"].mean(1) - least
     return ctx.cases(
         slack,
-        note=f"mean R, above the least: noise {', '.join(f'{v:.2f}' for v in means)}; {(above > 0).mean():.0%} above the chord",
+        note=f"mean R, above the least: noise {', '.join(f'{v:.2f}' for v in means)}; {rising:.1%} rise with noise, "
+        f"{(blurred > 0).all(0).mean():.0%} with blur; above the chord at 1/4, 1/2, 3/4: "
+        f"{', '.join(f'{v:.0%}' for v in (above > 0).mean(1))}",
         figure={
             "title": "The prior of digits under noise",
             "x_label": "deviation of the noise",

@@ -236,6 +236,15 @@ TABLE = {  # f(1), f'(0), largest and rms error of f on [0, 4]; R(.5), R(1), R(2
     0.2: (0.1816, 0.1433, 0.1816, 0.0550, 0.392, 0.892, 1.892, 3.392, 0.108),
     0.1: (0.1110, 0.0794, 0.1110, 0.0303, 0.445, 0.945, 1.945, 3.445, 0.055),
 }
+CORRECTED = {  # of these entries, what reference figures had: means over 401 points for integrals, and a difference quotient
+    "mean": {"rms f": 0.2219},
+    "median": {"rms f": 0.1772, "f'(0)": 0.3445},
+    0.5: {"rms f": 0.1093},
+    0.4: {"rms f": 0.0938},
+    0.3: {"rms f": 0.0759},
+    0.2: {"rms f": 0.0549},
+    0.1: {"rms f": 0.0302},
+}
 
 
 def estimated(loss: Any, prior: Laplace) -> np.ndarray:
@@ -275,22 +284,31 @@ def table_row(values: np.ndarray) -> tuple[float, ...]:
     PAPER,
     "T1f",
     r"Bias of exact minimisers for a Laplace prior with $\sigma=b=1$: the mean, the median and $f_\gamma$ for $\gamma=.5$ to "
-    "$.1$ and their priors, a table of 63 numbers.",
+    "$.1$ and their priors, a table of 63 numbers.  Eight of them correct the reference figures: the rms errors of $f$ are "
+    r"$.2221$, $.1774$, $.1094$, $.0939$, $.0760$, $.0550$, $.0303$ (reference $.2219$, $.1772$, and $10^{-4}$ less each), the "
+    r"slope of the median at 0 is $.3443$ (reference $.3445$).",
     title="Exact bias for the Laplace prior",
     kind="exact",
-    controls={"variance": r"kernel variance $\gamma^2$ for $\gamma^2/2$", "scale": "b = 1.02"},
-    regime="y in [0, 4], x in [0, 3.5]; errors against the soft threshold and |x|; priors by integration of the inverse map",
+    controls={
+        "variance": r"kernel variance $\gamma^2$ for $\gamma^2/2$",
+        "scale": "b = 1.02",
+        "reference": "the eight reference figures that are corrected",
+    },
+    regime="y in [0, 4], x in [0, 3.5]; errors against the soft threshold and |x|; priors by integration of the inverse map; a "
+    "mean over 401 points with both ends gives the reference figures",
     source="Derived; the targets of the paper's one-dimensional experiment.",
 )
 def exact_bias(ctx: Context) -> Outcome:
     stretch, prior = ctx.pick(1.0, variance=math.sqrt(2)), ctx.pick(Laplace(1.0), scale=Laplace(1.02))
+    reference = ctx.pick({}, reference=CORRECTED)
     names = ("f(1)", "f'(0)", "sup f", "rms f", "R(.5)", "R(1)", "R(2)", "R(3.5)", "sup R")
     slack: dict[str, float] = {}
     for loss, printed in TABLE.items():
         f = estimated(loss if isinstance(loss, str) else stretch * loss, prior)
         for k, (name, ours, value) in enumerate(zip(names, table_row(f), printed, strict=True)):
+            wanted = reference.get(loss, {}).get(name, value)
             # Half of the last digit that is printed.
-            slack[f"{loss}, {name}"] = (0.51e-4 if k < 4 else 0.51e-3) - abs(ours - value)
+            slack[f"{loss}, {name}"] = (0.51e-4 if k < 4 else 0.51e-3) - abs(ours - wanted)
         if not isinstance(loss, str):
             r = prior.matched_regularizer(1.0, stretch * loss)
             values = [float(r(jnp.array([x])) - r(jnp.zeros(1))) for x in (0.5, 1.0, 2.0, 3.5)]

@@ -17,7 +17,8 @@ from paper_checks.proximal.common import PAPER
 from paper_checks.proximal.digit_images import NOISE, free_denoiser, test_images
 from solvers import proximal
 from solvers.proximal import weights
-from solvers.proximal.network import Certified, LearnedProximal, constrained, jacobian
+from solvers.proximal.bounds import Certified
+from solvers.proximal.network import LearnedProximal, constrained, jacobian
 
 SIZES = (1, 4)
 MANY = 8
@@ -171,8 +172,8 @@ def _silu_potential(net: LearnedProximal, y: jax.Array) -> jax.Array:
         "unclamped": r"$W_k$ and $w$ of both signs",
         "silu": "the activation SiLU, which is neither convex nor monotone",
     },
-    regime="random networks on 1 and 4 entries: eigenvalues of the Jacobian, and the objective of the proximal map at f(y) "
-    "against that at 400 other values of f, near and far",
+    regime="random networks on 1 and 4 entries: eigenvalues of the Jacobian, and the objective of the proximal map at f(y), for "
+    "100 signals y, against that at 400 other values of f, of which eight are near",
     source="Proposition 3.1, recalled.",
 )
 def exactly_proximal(ctx: Context) -> Outcome:
@@ -193,18 +194,27 @@ def exactly_proximal(ctx: Context) -> Outcome:
             return jnp.linalg.eigvalsh(jax.jacfwd(lambda y: f(net, y))(y))[0]
 
         slack[f"semi-definite, {n} entries"] = 1e-10 + float(over(least)(nets, y).min())
-        others = jnp.concatenate([signals(ctx, n, 3.0, 200), y[:1] + signals(ctx, n, 0.05, 200)])
+        far, near = signals(ctx, n, 3.0, 392), signals(ctx, n, 0.05, 8)
 
-        def gap(
-            net: Any, y: jax.Array, f: Any = f, potential: Any = potential, others: jax.Array = others
+        def gaps(
+            net: Any, y: jax.Array, f: Any = f, potential: Any = potential, far: jax.Array = far, near: jax.Array = near
         ) -> jax.Array:
-            def objective(z: jax.Array) -> jax.Array:
+            def own(z: jax.Array) -> tuple[jax.Array, jax.Array]:
+                """f(z) and R(f(z))."""
                 x = f(net, z)
-                return jnp.vdot(x, z) - jnp.vdot(x, x) / 2 - potential(net, z) + jnp.sum((x - y) ** 2) / 2
+                return x, jnp.vdot(x, z) - jnp.vdot(x, x) / 2 - potential(net, z)
 
-            return jax.vmap(objective)(others).min() - objective(y)
+            def least(y: jax.Array) -> jax.Array:
+                x, value = jax.vmap(own)(jnp.concatenate([y[None], y + near]))
+                x, value = jnp.concatenate([x, candidates]), jnp.concatenate([value, values])
+                objective = value + jnp.sum((x - y) ** 2, 1) / 2
+                return objective[1:].min() - objective[0]
 
-        slack[f"optimal, {n} entries"] = 1e-10 + float(over(gap)(nets, y[:4]).min())
+            candidates, values = jax.vmap(own)(far)
+            return jax.vmap(least)(y)
+
+        found = compiled(jax.vmap(gaps, (0, None)))(nets, signals(ctx, n, count=100))
+        slack[f"optimal, {n} entries"] = 1e-10 + float(found.min())
     return ctx.cases(slack, note="1e-10 is rounding in 64 bits")
 
 

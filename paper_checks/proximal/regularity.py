@@ -20,7 +20,8 @@ from paper_checks.proximal.networks import (
     signals,
 )
 from solvers import proximal
-from solvers.proximal.network import Certified, Layer, LearnedProximal, jacobian
+from solvers.proximal.bounds import Certified
+from solvers.proximal.network import Layer, LearnedProximal, jacobian
 
 # -- P5 and P6: weak convexity and smoothness -------------------------------------------------------------------------------
 
