@@ -289,7 +289,8 @@ def _ritz(A: LinearOperator, start: Array, steps: int) -> Array:
 
     def step(carry: tuple[Array, Array, Array], _: None) -> tuple[tuple[Array, Array, Array], tuple[Array, Array]]:
         before, v, beta = carry
-        with jax.default_matmul_precision("highest"):  # the upper bound allows for the rounding of the dtype, not of GPUs
+        # The upper bound allows for the rounding of the dtype, not for that of factors on a GPU.
+        with jax.default_matmul_precision("highest"):
             w = A.T(A(v))
         alpha = dot(v, w)
         w = w - alpha * v - beta * before

@@ -137,7 +137,7 @@ def test_a_network_with_negative_weights_is_not_certified(x64, key):
             not known.holds and "violated: the denoiser is the proximal map" in str(known) and "projected" in str(known)
         )
     with pytest.raises(ValueError, match="certified: W_k or w has negative entries"):
-        proximal.network.certified(bad)
+        proximal.certified(bad)
     seen = []
     jax.jit(lambda n: seen.append(plug_and_play.certificate("admm", data, n, step=4.1)) or 0)(
         eqx.filter(good, eqx.is_array)

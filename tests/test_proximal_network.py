@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from solvers import proximal
-from solvers.proximal.network import _resized, constrained, jacobian, largest_slope
+from solvers.proximal.network import constrained, jacobian, largest_slope, resized
 
 SHAPES = {"mlp": (3,), "image": (2, 5, 4)}
 
@@ -129,9 +129,9 @@ def test_the_convolutional_potential_against_loops(head, x64, key):
 def test_resizing(sides, x64, key):
     y = jax.random.normal(key, (2, 28, 28), jnp.float64)
     if all(28 % n == 0 for n in sides):
-        np.testing.assert_allclose(_resized(y, sides), _bilinear(np.asarray(y), sides), atol=1e-6)  # weights in float32
+        np.testing.assert_allclose(resized(y, sides), _bilinear(np.asarray(y), sides), atol=1e-6)  # weights in float32
     else:
-        assert _resized(y, sides).shape == (2, *sides)
+        assert resized(y, sides).shape == (2, *sides)
 
 
 @pytest.mark.slow

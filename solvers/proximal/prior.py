@@ -26,8 +26,9 @@ import optimistix as optx
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from solvers.proximal.bounds import certified, rounding
 from solvers.proximal.functional import Regularizer
-from solvers.proximal.network import LearnedProximal, certified, is_convex, rounding
+from solvers.proximal.network import LearnedProximal, is_convex
 
 DENSE = 16
 """Signals of up to so many entries are inverted with the whole Jacobian."""
