@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -239,11 +240,67 @@ def test_images_run_from_end_to_end(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(images, "tasks_of", lambda name, shape: first | {"again": next(iter(first.values()))})
     images.main(["--images", "leaves", "--smoke", "--out", str(tmp_path)])
     result = json.loads((tmp_path / "proximal_images_leaves.json").read_text())
-    assert len(result["restored"]) == 14 and result["size"]["side"] == 16
+    assert len(result["restored"]) == 16 and result["size"]["side"] == 16
     certified = {k: v["certified"] for k, v in result["restored"].items()}
     assert any(certified.values()) and not all(certified.values())
     assert all("learned" in k or "variation" in k for k, v in certified.items() if v)
+    assert all(v["certified"] for v in result["restored"].values() if v["lam"] != 1)
+    sizes = [v["weights"] for v in result["training"].values()]
+    assert max(sizes) < 6 * min(sizes)  # as near as the widths of so small a network allow
+    found = {(t["images"], t["target"]): t for t in result["targets"]}
+    assert len(found) == 5
+    lost = found["leaves", "runs of the learned network that diverged, none"]
+    assert lost["met"] == (lost["value"] == 0)
     assert weights.load(tmp_path / "proximal_images_leaves.npz").shape == (1, 16, 16)
+
+
+def test_targets_are_of_the_best_setting_of_each_prior():
+    images = script("proximal_images")
+
+    def row(prior, psnr, certified, diverged=0):
+        return {
+            "images": "a",
+            "task": "t",
+            "prior": prior,
+            "PSNR": psnr,
+            "certified": certified,
+            "diverged": diverged,
+        }
+
+    rows = [
+        row("learned proximal", 30.0, False, 2),
+        row("learned proximal", 29.0, True),
+        row("gradient step", 30.1, False),
+    ]
+    rows += [row("gradient step", None, False, 9), row("total variation", 28.5, True)]
+    found = images.targets(dict(enumerate(rows)), Console(file=io.StringIO()))
+    assert [round(t["value"], 6) for t in found] == [-0.1, -1.1, 1.5, 0.5, 2]
+    assert [t["met"] for t in found] == [True, False, True, False, False]
+
+
+def test_networks_to_compare_have_as_many_weights():
+    images = script("proximal_images")
+    size = images.FULL._replace(side=32)
+    sizes = [images.nets.parameters(n) for n in images.networks_of("leaves", size, jax.random.key(0)).values()]
+    assert max(sizes) < 1.15 * min(sizes) and sizes[1] == sizes[2]
+
+
+def test_a_gradient_step_of_a_unet_has_a_gradient_to_learn_by(key):
+    images = script("proximal_images")
+    size = images.SMOKE._replace(channels=3)
+    denoiser = images.networks_of("leaves", size, key)[images.STEP]
+    x = jax.random.uniform(key, (2, 3, 16, 16))
+
+    def loss(d):
+        return jnp.mean((jax.vmap(d)(x + 0.1) - x) ** 2)
+
+    slopes = jax.tree.leaves(eqx.filter_grad(loss)(denoiser))
+    assert max(float(jnp.abs(g).max()) for g in slopes) > 0
+
+
+def test_leaves_in_colour(key):
+    x = np.asarray(script("proximal_images").Leaves(16, 3)(key, 2))
+    assert x.shape == (2, 3, 16, 16) and np.abs(x[:, 0] - x[:, 1]).max() > 0.1
 
 
 def test_data_that_is_absent_is_asked_for(monkeypatch):
